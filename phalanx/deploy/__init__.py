@@ -1,0 +1,1 @@
+"""YAML, plan, doctor, Ray actors and supervisor, gRPC server and client, CLI."""

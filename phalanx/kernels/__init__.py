@@ -1,0 +1,1 @@
+"""Ops: a plain-torch reference each, CPU and Triton implementations."""

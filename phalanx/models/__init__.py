@@ -1,0 +1,1 @@
+"""One configurable decoder, one small file per model family, checkpoint loading."""

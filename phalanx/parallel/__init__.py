@@ -1,0 +1,1 @@
+"""Mesh, collectives, sharded linears, pipeline stages, rendezvous. Sole owner of torch.distributed."""
