@@ -1,1 +1,1 @@
-"""Ops: a plain-torch reference each, CPU and Triton implementations."""
+"""Ops: a plain-torch reference each, CPU and Triton implementations behind `registry.bind`."""

@@ -1,0 +1,1 @@
+"""CPU implementations: `cpu/<op>.py` exports `IMPLS` and is found by the registry on CPU devices."""

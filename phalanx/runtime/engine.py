@@ -1,0 +1,136 @@
+"""A replica's engine: frames in, plans to the ranks, token rows out. No clock, no socket; the shells own those."""
+
+from array import array
+
+from phalanx.errors import RequestTooLongError
+from phalanx.runtime.engine_config import EngineConfig
+from phalanx.runtime.executor.executor import Executor
+from phalanx.runtime.frames import Abort, Place, TokenRow
+from phalanx.runtime.scheduler import Scheduler
+from phalanx.runtime.sequence import FINISHED, Sequence
+
+
+class Engine:
+    """Scheduler and executor of one replica; called from one thread.
+
+    Args:
+        config: what the ranks run.
+        executor: the ranks, up already.
+    """
+
+    def __init__(self, config: EngineConfig, executor: Executor) -> None:
+        self.config, self.executor = config, executor
+        self.scheduler = Scheduler(config.scheduler, config.kv, prefix_cache=config.prefix_cache)
+        self._root = config.kv_root
+        self._eos = frozenset(config.model.eos_token_ids)
+        self._jobs: dict[str, list[Sequence]] = {}
+        self._arrivals = 0
+        self._settled: list[TokenRow] = []
+
+    @property
+    def has_work(self) -> bool:
+        """Something is queued, running or in flight."""
+        return bool(self._settled or self._jobs or self.scheduler.num_in_flight)
+
+    def place(self, frame: Place) -> None:
+        """Start or resume the unfinished choices of a request.
+
+        A request that can never fit is answered with an error row; the controller's limits should have caught it.
+        """
+        self.abort(Abort(frame.job, frame.epoch))
+        prompt, params = array("I", frame.prompt_token_ids), frame.params
+        max_tokens = params.max_tokens if params.max_tokens is not None else self.limit - len(prompt)
+        arrival, self._arrivals = self._arrivals, self._arrivals + 1
+        problem = self._problem(prompt, max_tokens)
+        sequences = []
+        for choice, output in enumerate(frame.outputs):
+            if output is None:
+                continue
+            if problem is not None:
+                self._settled.append(TokenRow(frame.job, frame.epoch, choice, 0, [], finish="error", error=problem))
+                continue
+            seq = Sequence(
+                job=frame.job,
+                epoch=frame.epoch,
+                choice=choice,
+                prompt=prompt,
+                output=array("I", output),
+                params=params,
+                seed=frame.seed,
+                eos_token_ids=self._eos,
+                max_tokens=max_tokens,
+                root=self._root,
+                order=(frame.priority, arrival, choice),
+            )
+            sequences.append(seq)
+            self._enqueue(seq)
+        if live := [seq for seq in sequences if seq.status != FINISHED]:
+            self._jobs[frame.job] = live
+
+    def abort(self, frame: Abort) -> None:
+        """Drop a choice, or all choices, of a request; unknown ones are ignored."""
+        sequences = self._jobs.get(frame.job, [])
+        for seq in sequences:
+            if frame.choice in (-1, seq.choice) and seq.status != FINISHED:
+                self.scheduler.cancel(seq)
+        self._forget(frame.job)
+
+    def step(self, timeout_s: float = 0.0, *, prove_alive: bool = False) -> list[TokenRow]:
+        """Plan and send what may be sent, then take what has arrived.
+
+        Args:
+            timeout_s: longest wait for a result.
+            prove_alive: when idle, run an empty step: its result shows that every rank answers.
+
+        Raises:
+            ReplicaLostError: a rank is gone; the replica is over.
+        """
+        while (plan := self.scheduler.schedule(allow_empty=prove_alive)) is not None:
+            self.executor.submit(plan)
+            prove_alive = False
+        rows, self._settled = self._settled, []
+        for result in self.executor.poll(0.0 if rows else timeout_s):
+            rows += self.scheduler.apply(result)
+        for row in rows:
+            if row.finish is not None:
+                self._forget(row.job)
+        return rows
+
+    @property
+    def limit(self) -> int:
+        """Tokens one request may have, prompt and output together."""
+        return self.config.kv.capacity_tokens
+
+    def check(self) -> None:
+        """All invariants; with nothing live also that every block and slot is back."""
+        self.scheduler.check()
+        if not self.has_work:
+            for domain in self.scheduler.domains:
+                assert domain.cache.num_free == self.config.kv.num_blocks - 1, "an idle pool is free"
+                assert len(domain.free_slots) == self.config.max_sequences, "an idle table is free"
+
+    def _enqueue(self, seq: Sequence) -> None:
+        # A resumed choice may have been complete when its replica died, the finish alone was lost.
+        last = seq.tokens[-1] if seq.num_output else None
+        if seq.num_output >= seq.max_tokens or last in seq.stop_ids:
+            finish = "stop" if last in seq.stop_ids else "length"
+            self._settled.append(TokenRow(seq.job, seq.epoch, seq.choice, seq.num_output, [], finish=finish))
+            seq.status = FINISHED
+        else:
+            self.scheduler.add(seq)
+
+    def _problem(self, prompt: "array[int]", max_tokens: int) -> str | None:
+        if not prompt:
+            return "the prompt is empty; give at least one token"
+        if len(prompt) + max_tokens > self.limit or max_tokens < 1:
+            return str(
+                RequestTooLongError(
+                    f"prompt ({len(prompt)} tokens) + max_tokens ({max_tokens}) is above the limit ({self.limit}); "
+                    f"use max_tokens <= {self.limit - len(prompt)}"
+                )
+            )
+        return None
+
+    def _forget(self, job: str) -> None:
+        if all(seq.status == FINISHED for seq in self._jobs.get(job, [])):
+            self._jobs.pop(job, None)

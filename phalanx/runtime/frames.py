@@ -1,0 +1,189 @@
+"""Frames between the controller and an engine, and their codec.
+
+    controller -> engine   Welcome  Place  Abort  Shutdown
+    engine -> controller   Hello  TokenEvents  Heartbeat  Failed
+
+A frame is a msgpack array `[kind, field, ...]`; `kind` selects the class in one table (the `Frame` union), every
+field is type-checked while decoding, no pickle anywhere. The same classes are called directly when engine and front
+end share a process (`LLM`).
+"""
+
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+from phalanx.errors import PhalanxError
+from phalanx.runtime.sampling_params import SamplingParams
+
+VERSION = 1
+MAX_FRAME_BYTES = 256 * 2**20
+
+FinishReason = Literal["stop", "length", "cancelled", "deadline", "error"]
+RequestId = Annotated[str, Meta(min_length=1, max_length=128)]
+
+
+class WireError(PhalanxError):
+    """A peer sent bytes that are no frame of this version."""
+
+
+class _Frame(msgspec.Struct, frozen=True, array_like=True, tag=True, kw_only=False):
+    pass
+
+
+class Welcome(_Frame, tag=1):
+    """The controller accepts an engine under this incarnation."""
+
+    version: int
+    incarnation: int
+
+
+class Place(_Frame, tag=2):
+    """Run a request: prompt and output stay separate, so penalties, min_tokens and positions survive a resume.
+
+    Attributes:
+        job: request id.
+        epoch: placement number of the job; rows of another epoch are dropped by the controller.
+        prompt_token_ids: u32 little-endian, packed.
+        outputs: per choice, the ids already emitted (packed like the prompt); a finished choice is None.
+        seed: always set.
+        priority: smaller runs first.
+    """
+
+    job: RequestId
+    epoch: int
+    prompt_token_ids: bytes
+    outputs: list[bytes | None]
+    params: SamplingParams
+    seed: int
+    priority: int = 0
+
+
+class Abort(_Frame, tag=3):
+    """Stop a choice (or all, choice = -1) of a job; no further rows of it are wanted."""
+
+    job: RequestId
+    epoch: int
+    choice: int = -1
+
+
+class Shutdown(_Frame, tag=4):
+    """End the engine: fenced, or the deployment goes down."""
+
+    reason: str
+
+
+class Hello(_Frame, tag=11):
+    """First frame of an engine.
+
+    Attributes:
+        fingerprint: digest of the resolved plan; two replicas with different ones never exchange jobs.
+        max_model_len: longest prompt + output, tokens.
+        max_request_tokens: the same bounded by the KV pool.
+        num_blocks, block_size: KV pool per dp rank.
+        dp_size: independent KV domains.
+        startup_s: phase name -> seconds.
+        ranks: one line per rank: what ran where.
+    """
+
+    version: int
+    replica: int
+    incarnation: int
+    fingerprint: str
+    max_model_len: int
+    max_request_tokens: int
+    num_blocks: int
+    block_size: int
+    dp_size: int
+    startup_s: dict[str, float]
+    ranks: list[str]
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Log-probability of one token and of the likeliest ids at its position, descending."""
+
+    token_id: int
+    logprob: float
+    rank: int
+    top_ids: list[int]
+    top_logprobs: list[float]
+
+
+class TokenRow(msgspec.Struct, frozen=True, array_like=True):
+    """New tokens of one choice.
+
+    Attributes:
+        first_position: index of `token_ids[0]` in the choice's output.
+        finish: set on the last row of the choice; the finishing token (stop id) is in `token_ids`.
+        error: sentence for finish = "error".
+        prompt_logprobs: once per choice with the first row, entry i for prompt token i + 1.
+        num_cached_tokens: prompt tokens served by the prefix cache, with the first row of a placement, else -1.
+    """
+
+    job: str
+    epoch: int
+    choice: int
+    first_position: int
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs] | None = None
+    finish: FinishReason | None = None
+    error: str | None = None
+    prompt_logprobs: list[TokenLogprobs] | None = None
+    num_cached_tokens: int = -1
+
+
+class TokenEvents(_Frame, tag=12):
+    """All new tokens of one engine step."""
+
+    step: int
+    rows: list[TokenRow]
+
+
+class Heartbeat(_Frame, tag=13):
+    """Sent every 250 ms from a thread other than the step loop; counters are cumulative since the incarnation began."""
+
+    seq: int
+    step: int
+    num_running: int
+    num_waiting: int
+    num_free_blocks: int
+    num_total_blocks: int
+    prefix_queries: int
+    prefix_hits: int
+    num_preemptions: int
+    num_generated_tokens: int
+    num_prompt_tokens: int
+
+
+class Failed(_Frame, tag=14):
+    """Last words of an engine: the first failing rank's error; others are consequences."""
+
+    rank: int
+    node: str
+    log_path: str
+    error: str
+
+
+Frame = Welcome | Place | Abort | Shutdown | Hello | TokenEvents | Heartbeat | Failed
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(Frame)
+
+
+def encode(frame: Frame) -> bytes:
+    """A frame as bytes; inverse of `decode`."""
+    return _encoder.encode(frame)
+
+
+def decode(data: bytes) -> Frame:
+    """Parse a frame of a peer.
+
+    Raises:
+        WireError: not a frame, an unknown kind, a field of another type, or over `MAX_FRAME_BYTES`.
+    """
+    if len(data) > MAX_FRAME_BYTES:
+        raise WireError(f"frame of {len(data)} bytes; at most {MAX_FRAME_BYTES} are accepted")
+    try:
+        return _decoder.decode(data)
+    except (msgspec.MsgspecError, PhalanxError) as error:
+        raise WireError(f"not a frame of version {VERSION}: {error}") from error

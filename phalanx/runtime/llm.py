@@ -1,0 +1,325 @@
+"""Offline inference: the engine and ranks of a deployment without Ray and gRPC."""
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+import psutil
+import torch
+
+from phalanx.errors import ConfigError, InvalidRequestError, PhalanxError
+from phalanx.models.loading import read_config, resolve_path
+from phalanx.models.spec import DecoderConfig
+from phalanx.parallel import rendezvous
+from phalanx.parallel.mesh import MeshShape
+from phalanx.parallel.pipeline import split_layers
+from phalanx.runtime.engine import Engine
+from phalanx.runtime.engine_config import EngineConfig
+from phalanx.runtime.executor.executor import Executor
+from phalanx.runtime.executor.inline import InlineExecutor
+from phalanx.runtime.executor.processes import ProcessExecutor
+from phalanx.runtime.frames import Abort, FinishReason, Place, TokenLogprobs, TokenRow
+from phalanx.runtime.kv.spec import KVSpec
+from phalanx.runtime.memory import auto_num_blocks
+from phalanx.runtime.output import ChoiceOutput, choice_outputs
+from phalanx.runtime.sampling_params import SamplingParams
+from phalanx.runtime.tokenizer import Tokenizer
+from phalanx.runtime.validate import RequestLimits, draw_seed, validate_request
+
+Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
+
+
+@dataclass(slots=True)
+class Choice:
+    """One finished answer."""
+
+    token_ids: list[int]
+    text: str
+    finish_reason: FinishReason
+    stop_match: str | None = None
+    logprobs: list[TokenLogprobs] | None = None
+
+
+@dataclass(slots=True)
+class RequestOutput:
+    """All answers to one prompt; the shorthand attributes are those of the first.
+
+    Attributes:
+        prompt_token_ids: as the model saw them.
+        choices: `n` of them, by number.
+        seed: what reproduces this output.
+        num_cached_tokens: prompt tokens the prefix cache served (of the first choice).
+        prompt_logprobs: entry i belongs to prompt token i + 1; None unless asked for.
+    """
+
+    prompt_token_ids: list[int]
+    choices: list[Choice]
+    seed: int
+    num_cached_tokens: int = 0
+    prompt_logprobs: list[TokenLogprobs] | None = None
+
+    @property
+    def token_ids(self) -> list[int]:
+        """Output ids of the first choice."""
+        return self.choices[0].token_ids
+
+    @property
+    def text(self) -> str:
+        """Text of the first choice."""
+        return self.choices[0].text
+
+    @property
+    def finish_reason(self) -> FinishReason:
+        """Why the first choice ended."""
+        return self.choices[0].finish_reason
+
+    @property
+    def logprobs(self) -> list[TokenLogprobs] | None:
+        """Log-probabilities of the first choice."""
+        return self.choices[0].logprobs
+
+
+@dataclass(slots=True)
+class _Job:
+    prompt: list[int]
+    params: SamplingParams
+    seed: int
+    outputs: list[ChoiceOutput]
+    unfinished: set[int]
+    num_cached: int = 0
+    prompt_logprobs: list[TokenLogprobs] | None = None
+    errors: list[str] = field(default_factory=list)
+
+
+class LLM:
+    """A model on this machine; one rank runs in this process, more run as child processes.
+
+    Args:
+        path: Hugging Face checkpoint folder, or "tiny" for the embedded model.
+        tensor, pipeline, data: sizes of the mesh.
+        stage_layers: layers per pipeline stage; None = as even as possible.
+        device: "auto", "cpu" or "cuda".
+        dtype: "auto" (the checkpoint's), "float32", "bfloat16" or "float16".
+        scheduler: max_batch_tokens, max_sequences, max_model_len.
+        kv: num_blocks, block_size, prefix_cache, gpu_fraction.
+        workers: threads (CPU threads per rank).
+        kernels: op name -> implementation name.
+
+    Raises:
+        ConfigError: the layout cannot work; raised before a rank starts.
+        CheckpointError: the checkpoint is missing, damaged or unsupported.
+        ReplicaLostError: a rank failed; its traceback is in the message.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        tensor: int = 1,
+        pipeline: int = 1,
+        data: int = 1,
+        stage_layers: Sequence[int] | None = None,
+        device: str = "auto",
+        dtype: str = "auto",
+        scheduler: Mapping[str, Any] | None = None,
+        kv: Mapping[str, Any] | None = None,
+        workers: Mapping[str, Any] | None = None,
+        kernels: Mapping[str, str] | None = None,
+    ) -> None:
+        folder = resolve_path(path)
+        model = read_config(folder)
+        self.config = _resolve(
+            str(folder),
+            model,
+            MeshShape(pp=pipeline, dp=data, tp=tensor),
+            stage_layers=stage_layers,
+            device=("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device,
+            dtype=model.dtype if dtype == "auto" else dtype,
+            scheduler=_section("scheduler", scheduler, ("max_batch_tokens", "max_sequences", "max_model_len")),
+            kv=_section("kv", kv, ("num_blocks", "block_size", "prefix_cache", "gpu_fraction")),
+            workers=_section("workers", workers, ("threads",)),
+            kernels=dict(kernels or {}),
+        )
+        self.tokenizer = Tokenizer.from_folder(folder)
+        self._rng = random.Random()
+        self._jobs: dict[str, _Job] = {}
+        self._count = 0
+        self._store: object = None
+        self.engine = Engine(self.config, self._start())
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[RequestOutput]:
+        """Answer prompts, together; results come in the order of the prompts.
+
+        Args:
+            prompts: one prompt or several; each is text, token ids, or chat messages ({"role", "content"}).
+            params: for all, or one per prompt.
+
+        Raises:
+            InvalidRequestError: a prompt or parameter is out of its limits; nothing has run then.
+            ReplicaLostError: a rank died.
+        """
+        listed = _as_list(prompts)
+        each = list(params) if isinstance(params, Sequence) else [params or SamplingParams()] * len(listed)
+        if len(each) != len(listed):
+            raise InvalidRequestError(f"{len(each)} params for {len(listed)} prompts; give one, or one per prompt")
+        checked = [self._check(prompt, one) for prompt, one in zip(listed, each, strict=True)]
+        names = [self._submit(ids, one) for ids, one in checked]
+        try:
+            while any(self._jobs[name].unfinished for name in names):
+                for row in self.engine.step(1.0):
+                    self._take(row)
+        except BaseException:
+            for name in names:
+                self.engine.abort(Abort(name, 0))
+            raise
+        return [self._finish(name) for name in names]
+
+    def close(self) -> None:
+        """End the ranks."""
+        self.engine.executor.close()
+
+    def __enter__(self) -> "LLM":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _start(self) -> Executor:
+        if self.config.shape.world_size == 1:
+            return InlineExecutor(self.config.rank_specs("")[0])
+        self._store, address = rendezvous.host_store("127.0.0.1")
+        return ProcessExecutor(self.config.rank_specs(address, "lo"))
+
+    def _check(self, prompt: Prompt, params: SamplingParams) -> tuple[list[int], SamplingParams]:
+        ids = self._encode(prompt)
+        limits = RequestLimits(
+            vocab_size=self.config.model.vocab_size,
+            max_model_len=self.config.kv.max_model_len,
+            max_request_tokens=self.engine.limit,
+        )
+        return ids, validate_request(ids, params, limits)
+
+    def _encode(self, prompt: Prompt) -> list[int]:
+        if not isinstance(prompt, str) and not (prompt and isinstance(prompt[0], Mapping)):
+            return list(prompt)  # type: ignore[arg-type]
+        if self.tokenizer is None:
+            raise InvalidRequestError(f"{self.config.model_path} has no tokenizer.json; give token ids")
+        return self.tokenizer.encode(prompt) if isinstance(prompt, str) else self.tokenizer.encode_chat(prompt)  # type: ignore[arg-type]
+
+    def _submit(self, ids: list[int], params: SamplingParams) -> str:
+        name = f"offline-{self._count}"
+        self._count += 1
+        seed = draw_seed(self._rng) if params.seed is None else params.seed
+        outputs = choice_outputs(self.tokenizer, params)
+        self._jobs[name] = _Job(ids, params, seed, outputs, set(range(params.n)))
+        packed = b"".join(token.to_bytes(4, "little") for token in ids)
+        self.engine.place(Place(name, 0, packed, [b""] * params.n, params, seed))
+        return name
+
+    def _take(self, row: TokenRow) -> None:
+        job = self._jobs.get(row.job)
+        if job is None or row.choice not in job.unfinished:
+            return
+        if row.num_cached_tokens >= 0 and row.choice == 0:
+            job.num_cached = row.num_cached_tokens
+        if row.prompt_logprobs is not None:
+            job.prompt_logprobs = row.prompt_logprobs
+        if row.error is not None:
+            job.errors.append(row.error)
+        delta = job.outputs[row.choice].accept(row.first_position, row.token_ids, row.logprobs, row.finish)
+        if delta.finish is not None:
+            job.unfinished.discard(row.choice)
+            if row.finish is None:  # a stop string: the engine does not know yet
+                self.engine.abort(Abort(row.job, row.epoch, row.choice))
+
+    def _finish(self, name: str) -> RequestOutput:
+        job = self._jobs.pop(name)
+        if job.errors:
+            raise PhalanxError(job.errors[0])
+        choices = [
+            Choice(list(out.token_ids), out.text, out.finish or "length", out.stop_match, out.logprobs)
+            for out in job.outputs
+        ]
+        return RequestOutput(job.prompt, choices, job.seed, job.num_cached, job.prompt_logprobs)
+
+
+def _resolve(
+    path: str,
+    model: DecoderConfig,
+    shape: MeshShape,
+    *,
+    stage_layers: Sequence[int] | None,
+    device: str,
+    dtype: str,
+    scheduler: dict[str, Any],
+    kv: dict[str, Any],
+    workers: dict[str, Any],
+    kernels: dict[str, str],
+) -> EngineConfig:
+    is_cuda = device == "cuda"
+    if is_cuda and torch.cuda.device_count() < shape.world_size:
+        raise ConfigError(f"{shape.world_size} ranks need as many GPUs, this machine has {torch.cuda.device_count()}")
+    ranges = split_layers(len(model.layers), shape.pp, tuple(stage_layers) if stage_layers else None)
+    block_size = kv.get("block_size", 64 if is_cuda else 16)
+    max_sequences = scheduler.get("max_sequences", 256)
+    max_batch_tokens = scheduler.get("max_batch_tokens", 8192 if is_cuda else 512)
+    max_model_len = scheduler.get("max_model_len", model.max_position)
+    num_blocks = kv.get("num_blocks")
+    if num_blocks is None:
+        memory = torch.cuda.mem_get_info()[0] if is_cuda else psutil.virtual_memory().available // shape.world_size
+        num_blocks = auto_num_blocks(
+            model,
+            shape,
+            ranges,
+            dtype=dtype,
+            block_size=block_size,
+            max_batch_tokens=max_batch_tokens,
+            max_sequences=max_sequences,
+            max_model_len=max_model_len,
+            memory_bytes=memory,
+            gpu_fraction=kv.get("gpu_fraction", 0.9) if is_cuda else None,
+        )
+    if "max_model_len" not in scheduler:
+        max_model_len = min(max_model_len, (num_blocks - 1) * block_size)
+    return EngineConfig(
+        model_path=path,
+        model=model,
+        shape=shape,
+        stage_layers=ranges,
+        device=device,
+        dtype=dtype,
+        kv=KVSpec(block_size=block_size, num_blocks=num_blocks, max_model_len=max_model_len),
+        prefix_cache=kv.get("prefix_cache", True),
+        max_batch_tokens=max_batch_tokens,
+        max_sequences=max_sequences,
+        num_threads=workers.get("threads", 0 if shape.world_size == 1 or is_cuda else _threads(shape.world_size)),
+        kernels=kernels,
+    )
+
+
+def _threads(num_ranks: int) -> int:
+    return max(1, (psutil.cpu_count(logical=False) or 1) // num_ranks)
+
+
+def _section(name: str, given: Mapping[str, Any] | None, known: tuple[str, ...]) -> dict[str, Any]:
+    unknown = sorted(set(given or {}) - set(known))
+    if unknown:
+        raise ConfigError(f"{name}: unknown key {unknown[0]!r}; valid keys: {', '.join(known)}")
+    return dict(given or {})
+
+
+def _as_list(prompts: Any) -> list[Prompt]:
+    # One prompt is a text, a list of ids, or a list of messages; several are a list of those.
+    if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int | Mapping)):
+        return [prompts]
+    return list(prompts)
+
+

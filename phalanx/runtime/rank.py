@@ -1,0 +1,179 @@
+"""The program of a rank: dial the engine, load, then execute plans until the link ends.
+
+Run as `python -m phalanx.runtime.rank` by the process executor (the bootstrap comes on stdin), or inside a Ray actor.
+"""
+
+import contextlib
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from phalanx.runtime import plan, rank_link
+
+if TYPE_CHECKING:
+    from phalanx.runtime.worker import PendingResult
+
+PING_S = 0.5
+
+
+class Bootstrap(msgspec.Struct, frozen=True):
+    """What a rank needs to dial its engine."""
+
+    address: str
+    key: bytes
+    rank: int
+    log_path: str = ""
+
+
+def serve(bootstrap: Bootstrap, started: float | None = None) -> None:
+    """Be one rank; returns when the engine closes the link, raises what made the rank fail.
+
+    Args:
+        bootstrap: where the engine is.
+        started: `time.monotonic()` when the process began, for the start-up breakdown.
+    """
+    begun = time.monotonic() if started is None else started
+    connection = rank_link.connect(bootstrap.address, bootstrap.key, bootstrap.rank)
+    # The engine's end can vanish at any moment: nothing to answer then, the process just ends.
+    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        try:
+            _run(connection, bootstrap, begun)
+        except (EOFError, BrokenPipeError, ConnectionResetError):
+            raise
+        except BaseException:
+            failure = plan.RankFailed(bootstrap.rank, socket.gethostname(), bootstrap.log_path, _describe())
+            connection.send_bytes(plan.encode(failure))
+            raise
+
+
+def _run(connection: Connection, bootstrap: Bootstrap, begun: float) -> None:
+    # Imported here: torch takes seconds, and the engine should see a rank that dialled at once.
+    import torch
+
+    from phalanx.parallel import rendezvous
+    from phalanx.runtime.rank_spec import decode_spec
+    from phalanx.runtime.worker import Worker, warm_up
+
+    spec = decode_spec(connection.recv_bytes(rank_link.MAX_MESSAGE_BYTES))
+    imported = time.monotonic()
+    if spec.num_threads:
+        torch.set_num_threads(spec.num_threads)
+    device = torch.device(spec.device, spec.rank % torch.cuda.device_count()) if spec.device == "cuda" else torch.device("cpu")
+    if spec.store:
+        mesh = rendezvous.join(
+            spec.shape, spec.rank, spec.store, device=device, timeout_s=spec.timeout_s, interface=spec.interface or None
+        )
+    else:
+        mesh = rendezvous.single(device)
+    met = time.monotonic()
+    worker = Worker(spec, mesh)
+    loaded = time.monotonic()
+    warm_up(worker)
+    warm = time.monotonic()
+    phases = {"import": imported - begun, "rendezvous": met - imported, "load": loaded - met, "warm_up": warm - loaded}
+    ready = plan.Ready(
+        spec.rank, spec.digest, socket.gethostname(), os.getpid(), str(device), bootstrap.log_path, phases
+    )
+    sender = Sender(connection, spec.rank)
+    sender.send(plan.encode(ready))
+    try:
+        while True:
+            result = worker.execute(plan.decode_plan(connection.recv_bytes(rank_link.MAX_MESSAGE_BYTES)))
+            if result is not None:
+                sender.put(result)
+    finally:
+        sender.close()
+
+
+class Sender:
+    """Sends results in order, and a ping twice a second, from a thread of its own.
+
+    On CUDA waiting for a step's ids must not keep the main thread from launching the next step.
+    """
+
+    def __init__(self, connection: Connection, rank: int) -> None:
+        self._connection, self._rank = connection, rank
+        self._lock = threading.Lock()
+        self._queue: queue.SimpleQueue[PendingResult | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._loop, name="rank-sender", daemon=True)
+        self._thread.start()
+
+    def send(self, data: bytes) -> None:
+        """Send now."""
+        with self._lock:
+            self._connection.send_bytes(data)
+
+    def put(self, result: "PendingResult") -> None:
+        """Send a result when it is there: at once on CPU, where handing it to the thread would only cost time."""
+        if result.is_ready:
+            self.send(plan.encode(result.wait()))
+        else:
+            self._queue.put(result)
+
+    def close(self) -> None:
+        """Stop the thread after what is queued."""
+        self._queue.put(None)
+        self._thread.join(timeout=2.0)
+
+    def _loop(self) -> None:
+        while True:
+            try:
+                result = self._queue.get(timeout=PING_S)
+            except queue.Empty:
+                data = plan.encode(plan.Ping(self._rank))
+            else:
+                if result is None:
+                    return
+                data = plan.encode(result.wait())
+            try:
+                self.send(data)
+            except OSError:
+                return
+
+
+def _describe() -> str:
+    """The traceback; one that ends inside a collective is marked: another rank is the likely cause."""
+    text = traceback.format_exc()
+    error = sys.exc_info()[1]
+    frames = traceback.extract_tb(error.__traceback__) if error is not None else []
+    is_collective = any("/phalanx/parallel/" in frame.filename for frame in frames) and isinstance(error, RuntimeError)
+    return (CONSEQUENCE if is_collective else "") + text
+
+
+CONSEQUENCE = "[in a collective; probably the consequence of another rank's failure]\n"
+
+
+def main() -> None:
+    """Read the bootstrap from stdin; end when stdin does, because then the parent is dead."""
+    begun = time.monotonic()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then closes the link
+    bootstrap = msgspec.json.decode(sys.stdin.readline(), type=Bootstrap)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    code = 0
+    try:
+        serve(bootstrap, begun)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Library threads (gloo, OpenMP) may hang in their destructors once a peer is gone.
+    os._exit(code)
+
+
+def _end_with_parent() -> None:
+    sys.stdin.read()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

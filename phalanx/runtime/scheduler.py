@@ -1,0 +1,325 @@
+"""Continuous batching under one token budget per step. Pure: events in, `StepPlan` and `TokenRow` out.
+
+A step holds the running decodes first, then prefill chunks of running sequences, then newly admitted ones. The engine
+runs ahead: plan N+1 is made while step N runs, so a decode row may stand for a token nobody here has seen yet.
+"""
+
+import heapq
+from bisect import bisect_left, insort
+from dataclasses import dataclass
+
+from phalanx.runtime.frames import FinishReason, TokenLogprobs, TokenRow
+from phalanx.runtime.kv.prefix_cache import Match, PrefixCache
+from phalanx.runtime.kv.spec import KVSpec
+from phalanx.runtime.plan import Extend, PlanError, SlotInit, StepPlan, StepResult, roll_hash
+from phalanx.runtime.sequence import FINISHED, NO_SLOT, REPORTED, RUNNING, UNKNOWN, WAITING, Sequence
+from phalanx.runtime.step_builder import Row, StepBuilder
+
+MAX_PREFIX_WAIT = 64
+"""Schedule passes a request waits for another that is computing its next block (kv.md section 4)."""
+
+PROMPT_LOGPROB_CHUNK = 256
+"""Prompt tokens per step of a request with prompt_logprobs: each needs a row of logits."""
+
+NO_MATCH = Match((), 0)
+
+Order = tuple[int, int, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerConfig:
+    """Limits of a step.
+
+    Attributes:
+        max_batch_tokens: rows of a step, per dp rank.
+        max_sequences: sequences running at once, per dp rank; also the number of slots.
+        num_domains: dp ranks.
+        is_pipelined: a sequence may be in one step in flight only, and a step takes its share of the decodes.
+        max_in_flight: steps in flight; `pp` with stages, 1 or 2 without.
+    """
+
+    max_batch_tokens: int
+    max_sequences: int
+    num_domains: int = 1
+    is_pipelined: bool = False
+    max_in_flight: int = 1
+
+
+class Domain:
+    """One dp rank: its KV metadata, slots and running sequences, sorted by `order`."""
+
+    def __init__(self, spec: KVSpec, max_sequences: int, *, prefix_cache: bool) -> None:
+        self.cache = PrefixCache(spec, enabled=prefix_cache)
+        self.running: list[tuple[Order, Sequence]] = []
+        self.free_slots = list(range(max_sequences - 1, -1, -1))
+        self.released: list[int] = []
+
+
+class Scheduler:
+    """Which tokens run in the next step, on which blocks; see `schedule` and `apply`."""
+
+    def __init__(self, config: SchedulerConfig, spec: KVSpec, *, prefix_cache: bool = True) -> None:
+        self.config, self.spec = config, spec
+        self.domains = [
+            Domain(spec, config.max_sequences, prefix_cache=prefix_cache) for _ in range(config.num_domains)
+        ]
+        self.num_preemptions = self.num_prompt_tokens = self.num_generated_tokens = 0
+        self.step = 0
+        self.num_waiting = 0
+        self._waiting: list[tuple[Order, Sequence]] = []
+        self._in_flight: dict[int, dict[int, list[Row]]] = {}
+        self._hash = 0
+
+    @property
+    def num_running(self) -> int:
+        """Sequences that hold a place in a domain."""
+        return sum(len(domain.running) for domain in self.domains)
+
+    @property
+    def num_in_flight(self) -> int:
+        """Steps planned whose results have not all arrived."""
+        return len(self._in_flight)
+
+    def add(self, seq: Sequence) -> None:
+        """Queue a sequence; the caller has checked that it can ever fit."""
+        heapq.heappush(self._waiting, (seq.order, seq))
+        self.num_waiting += 1
+
+    def cancel(self, seq: Sequence) -> None:
+        """Drop a sequence wherever it is: its blocks are free at once, its rows in flight are ignored."""
+        if seq.status == RUNNING:
+            self._leave(seq)
+        elif seq.status == WAITING:
+            self.num_waiting -= 1
+        seq.status = FINISHED
+
+    def schedule(self, *, allow_empty: bool = False) -> StepPlan | None:
+        """The next step, or None when there is nothing to do or enough is in flight.
+
+        Args:
+            allow_empty: plan a step without rows too; its result proves that every rank is alive.
+        """
+        if len(self._in_flight) >= self.config.max_in_flight:
+            return None
+        builders = []
+        for domain in self.domains:
+            # The list is shared: a slot released while this step is planned may be admitted again in it.
+            builder = StepBuilder(self.config.max_batch_tokens, domain.released)
+            builders.append(builder)
+            self._take_running(domain, builder)
+        if self._waiting:
+            self._admit_waiting(builders)
+        built = [builder.build() for builder in builders]
+        if not allow_empty and not any(rows for _, rows in built):
+            return None
+        for domain in self.domains:
+            domain.released = []
+        plans = [plan for plan, _ in built]
+        for plan in plans:
+            self._hash = roll_hash(self._hash, plan.rows)
+        step = StepPlan(self.step, 0, self._hash, plans)
+        self._in_flight[self.step] = {rank: rows for rank, (_, rows) in enumerate(built)}
+        self.step += 1
+        return step
+
+    def apply(self, result: StepResult) -> list[TokenRow]:
+        """Settle one dp rank's part of the oldest steps in flight; returns the new tokens.
+
+        Raises:
+            PlanError: the result does not belong to a step in flight.
+        """
+        parts = self._in_flight.get(result.step)
+        rows = None if parts is None else parts.pop(result.dp_rank, None)
+        if parts is None or rows is None:
+            raise PlanError(f"dp rank {result.dp_rank} answered step {result.step}, which is not in flight")
+        if not parts:
+            del self._in_flight[result.step]
+        cache, block_size = self.domains[result.dp_rank].cache, self.spec.block_size
+        for slot, entries in result.prompt_logprobs:
+            self._collect_prompt_logprobs(rows, slot, entries)
+        out, index, failed = [], 0, frozenset(result.failed)
+        for seq, num_tokens, sample, life in rows:
+            seq.num_in_flight -= 1
+            if life == seq.life and seq.status == RUNNING:
+                seq.num_settled += num_tokens
+                if seq.num_settled >= (seq.table.num_sealed + 1) * block_size:
+                    cache.commit(seq.table, seq.num_settled)
+            if sample:
+                if index >= len(result.slots) or result.slots[index] != seq.slot:
+                    raise PlanError(f"step {result.step}: row {index} of dp rank {result.dp_rank} is not slot {seq.slot}")
+                seq.num_pending -= 1
+                if seq.status != FINISHED:
+                    logprobs = result.logprobs[index] if result.logprobs else None
+                    out.append(self._append(seq, result.token_ids[index], logprobs, index in failed))
+                index += 1
+            if seq.num_in_flight == 0 and seq.status != RUNNING:
+                self._return_slot(seq)
+        return out
+
+    def check(self) -> None:
+        """All invariants, O(n): slots, queue count, KV metadata.
+
+        Raises:
+            AssertionError: one does not hold; a bug of ours.
+        """
+        assert self.num_waiting == sum(seq.status == WAITING for _, seq in self._waiting), "queue count"
+        flying = [row for parts in self._in_flight.values() for rows in parts.values() for row in rows]
+        for index, domain in enumerate(self.domains):
+            running = [seq for _, seq in domain.running]
+            assert all(seq.status == RUNNING and seq.domain == index for seq in running), "status of running"
+            assert [order for order, _ in domain.running] == sorted(seq.order for seq in running), "order of running"
+            leaving = {row.seq.slot for row in flying if row.seq.domain == index and row.seq.status != RUNNING}
+            held = [seq.slot for seq in running] + sorted(leaving - {NO_SLOT}) + domain.free_slots
+            assert sorted(held) == list(range(self.config.max_sequences)), "every slot has one owner"
+            for seq in running:
+                assert 0 <= seq.num_settled <= seq.num_computed <= seq.table.capacity, "token regions"
+            domain.cache.check([seq.table for seq in running])
+
+    def _take_running(self, domain: Domain, builder: StepBuilder) -> None:
+        pipelined, running = self.config.is_pipelined, domain.running
+        # A pipelined step takes its share of the decodes only, so that the other stages have steps to run meanwhile.
+        share = -(-len(running) // self.config.max_in_flight) if pipelined else len(running)
+        chunked, index = [], 0
+        while index < len(running):
+            seq = running[index][1]
+            index += 1
+            if pipelined and seq.num_in_flight:
+                continue
+            if seq.num_remaining > 1:
+                chunked.append(seq)
+            elif share and builder.budget and not seq.is_done_sampling:
+                if seq.num_computed < seq.table.capacity or self._grow(domain, seq, builder):
+                    builder.take(seq, 1, True)
+                    share -= 1
+        for seq in chunked:
+            # A victim of `_grow` may stand here: it waits again.
+            if seq.status == RUNNING and builder.budget:
+                self._take_chunk(seq, builder)
+
+    def _take_chunk(self, seq: Sequence, builder: StepBuilder) -> None:
+        chunk = min(builder.budget, seq.num_remaining)
+        if seq.prompt_logprobs is not None:
+            chunk = min(chunk, PROMPT_LOGPROB_CHUNK)
+        self.num_prompt_tokens += chunk
+        builder.take(seq, chunk, seq.num_computed + chunk == len(seq.tokens))
+
+    def _grow(self, domain: Domain, seq: Sequence, builder: StepBuilder) -> bool:
+        """Give a decode its next block, preempting from the end of the order; False = it was itself the last."""
+        while True:
+            block_ids = domain.cache.append(seq.table, seq.num_computed + 1)
+            if block_ids is not None:
+                first = len(seq.table.block_ids) - len(block_ids)
+                builder.extend.append(Extend(seq.slot, first, list(block_ids)))
+                return True
+            victim = domain.running[-1][1]
+            self._leave(victim)
+            # The contents of its blocks stay findable: it resumes by an ordinary prefix match.
+            victim.status, victim.life = WAITING, victim.life + 1
+            victim.num_computed = victim.num_settled = victim.waited = 0
+            self.num_preemptions += 1
+            self.add(victim)
+            if victim is seq:
+                return False
+
+    def _admit_waiting(self, builders: list[StepBuilder]) -> None:
+        held = []
+        while self._waiting:
+            seq = self._waiting[0][1]
+            if seq.status == FINISHED:
+                heapq.heappop(self._waiting)
+            elif seq.num_in_flight:  # preempted with a token on its way
+                held.append(heapq.heappop(self._waiting))
+            else:
+                placed = self._place(seq, builders)
+                if placed is None:
+                    break
+                entry = heapq.heappop(self._waiting)
+                if not placed:
+                    held.append(entry)
+        for entry in held:
+            heapq.heappush(self._waiting, entry)
+
+    def _place(self, seq: Sequence, builders: list[StepBuilder]) -> bool | None:
+        """Admit into the least busy domain with room; False = let others pass, None = the queue is blocked here."""
+        by_load = sorted(range(len(self.domains)), key=lambda index: len(self.domains[index].running))
+        for index in by_load:
+            domain, builder = self.domains[index], builders[index]
+            if not builder.budget or not domain.free_slots:
+                continue
+            match = NO_MATCH if seq.prompt_logprobs is not None else domain.cache.match(seq.table)
+            if seq.waited < MAX_PREFIX_WAIT and domain.cache.is_computing(seq.table, match):
+                seq.waited += 1
+                return False
+            busy = bool(domain.running or self._in_flight)
+            if domain.cache.admit(seq.table, match, len(seq.tokens), use_watermark=busy):
+                self._enter(seq, index, match, builder)
+                return True
+        return None
+
+    def _enter(self, seq: Sequence, index: int, match: Match, builder: StepBuilder) -> None:
+        domain = self.domains[index]
+        seq.status, seq.domain, seq.slot = RUNNING, index, domain.free_slots.pop()
+        seq.num_computed = seq.num_settled = match.num_tokens
+        if seq.num_cached == UNKNOWN:
+            seq.num_cached = min(match.num_tokens, seq.num_prompt)
+        self.num_waiting -= 1
+        insort(domain.running, (seq.order, seq))
+        builder.admit.append(
+            SlotInit(seq.slot, seq.tokens.tobytes(), seq.num_prompt, match.num_tokens, seq.sampling)
+        )
+        builder.extend.append(Extend(seq.slot, 0, list(seq.table.block_ids)))
+        self._take_chunk(seq, builder)
+
+    def _leave(self, seq: Sequence, *, discard: bool = False) -> None:
+        domain = self.domains[seq.domain]
+        del domain.running[bisect_left(domain.running, (seq.order,))]
+        domain.cache.free(seq.table, discard=discard)
+        if seq.num_in_flight == 0:
+            self._return_slot(seq)
+
+    def _return_slot(self, seq: Sequence) -> None:
+        # Not before its last row in flight is back: a late token must not land in the next owner's slot.
+        if seq.slot != NO_SLOT:
+            domain = self.domains[seq.domain]
+            domain.free_slots.append(seq.slot)
+            domain.released.append(seq.slot)
+            seq.slot = NO_SLOT
+
+    def _append(self, seq: Sequence, token_id: int, logprobs: TokenLogprobs | None, failed: bool) -> TokenRow:
+        position = seq.num_output
+        finish: FinishReason | None = None
+        if failed:
+            finish = "error"
+        else:
+            seq.tokens.append(token_id)
+            self.num_generated_tokens += 1
+            if token_id in seq.stop_ids:
+                finish = "stop"
+            elif position + 1 >= seq.max_tokens:
+                finish = "length"
+        if finish is not None:
+            if seq.status == RUNNING:
+                self._leave(seq, discard=failed)
+            else:
+                self.num_waiting -= 1
+            seq.status = FINISHED
+        prompt_logprobs, seq.prompt_logprobs = seq.prompt_logprobs, None
+        num_cached, seq.num_cached = max(seq.num_cached, UNKNOWN), REPORTED
+        return TokenRow(
+            seq.job,
+            seq.epoch,
+            seq.choice,
+            position,
+            [] if failed else [token_id],
+            None if logprobs is None or failed else [logprobs],
+            finish,
+            "the model's logits held NaN or infinity for this row" if failed else None,
+            prompt_logprobs,
+            num_cached,
+        )
+
+    @staticmethod
+    def _collect_prompt_logprobs(rows: list[Row], slot: int, entries: list[TokenLogprobs]) -> None:
+        for row in rows:
+            if row.seq.slot == slot and row.seq.prompt_logprobs is not None and row.life == row.seq.life:
+                row.seq.prompt_logprobs.extend(entries)

@@ -1,0 +1,123 @@
+"""One choice of one request, as the scheduler sees it.
+
+    tokens     |<------- prompt ------->|<---- output ---->| pending |
+    KV         |<-- settled -->|<-- in flight -->|
+    index      0               num_settled       num_computed        num_tokens
+
+`tokens` holds what the engine knows. `pending` ids were sampled by steps in flight: they exist on the ranks, not here yet.
+"""
+
+from array import array
+
+from phalanx.runtime.frames import TokenLogprobs
+from phalanx.runtime.kv.prefix_cache import Table
+from phalanx.runtime.plan import SlotSampling
+from phalanx.runtime.sampling_params import SamplingParams
+
+WAITING, RUNNING, FINISHED = 0, 1, 2
+NO_SLOT = -1
+UNKNOWN, REPORTED = -1, -2  # of `num_cached`
+
+
+class Sequence:
+    """Mutable state of a choice; owned by the scheduler, which alone changes it.
+
+    Attributes:
+        order: (priority, arrival, choice), the place in the queue; kept through preemption.
+        num_computed: tokens whose KV is computed or scheduled in this life.
+        num_settled: tokens whose KV a finished step has computed in this life.
+        num_pending: sampled ids still in flight.
+        num_in_flight: steps in flight that hold a row of this sequence.
+        life: counts preemptions; rows of an earlier life settle nothing.
+        stop_ids: ids that end the output.
+        waited: schedule passes spent waiting for another sequence that computes the same prefix.
+    """
+
+    __slots__ = (
+        "choice",
+        "domain",
+        "epoch",
+        "job",
+        "life",
+        "max_tokens",
+        "num_cached",
+        "num_computed",
+        "num_in_flight",
+        "num_pending",
+        "num_prompt",
+        "num_settled",
+        "order",
+        "params",
+        "prompt_logprobs",
+        "sampling",
+        "slot",
+        "status",
+        "stop_ids",
+        "table",
+        "tokens",
+        "waited",
+    )
+
+    def __init__(
+        self,
+        *,
+        job: str,
+        epoch: int,
+        choice: int,
+        prompt: "array[int]",
+        output: "array[int]",
+        params: SamplingParams,
+        seed: int,
+        eos_token_ids: frozenset[int],
+        max_tokens: int,
+        root: bytes,
+        order: tuple[int, int, int],
+    ) -> None:
+        self.job, self.epoch, self.choice = job, epoch, choice
+        self.params, self.max_tokens, self.order = params, max_tokens, order
+        self.tokens = array("I", prompt)
+        self.tokens.extend(output)
+        self.num_prompt = len(prompt)
+        self.table = Table(self.tokens, root)
+        self.stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else eos_token_ids)
+        self.sampling = slot_sampling(params, seed, choice, self.stop_ids)
+        self.status, self.slot, self.domain, self.life, self.waited = WAITING, NO_SLOT, -1, 0, 0
+        self.num_computed = self.num_settled = self.num_pending = self.num_in_flight = 0
+        self.num_cached = UNKNOWN
+        wants_prompt_logprobs = params.prompt_logprobs is not None and not output
+        self.prompt_logprobs: list[TokenLogprobs] | None = [] if wants_prompt_logprobs else None
+
+    @property
+    def num_output(self) -> int:
+        """Output ids the engine knows."""
+        return len(self.tokens) - self.num_prompt
+
+    @property
+    def num_remaining(self) -> int:
+        """Tokens that exist, here or on the ranks, and whose KV is not yet scheduled; 1 = ready to decode."""
+        return len(self.tokens) + self.num_pending - self.num_computed
+
+    @property
+    def is_done_sampling(self) -> bool:
+        """Every token it may produce is made or in flight."""
+        return len(self.tokens) + self.num_pending - self.num_prompt >= self.max_tokens
+
+
+def slot_sampling(params: SamplingParams, seed: int, choice: int, stop_ids: frozenset[int]) -> SlotSampling:
+    """The part of a request's parameters that ranks need."""
+    return SlotSampling(
+        temperature=float(params.temperature),
+        top_k=params.top_k,
+        top_p=float(params.top_p),
+        min_p=float(params.min_p),
+        repetition_penalty=float(params.repetition_penalty),
+        presence_penalty=float(params.presence_penalty),
+        frequency_penalty=float(params.frequency_penalty),
+        logit_bias=params.logit_bias,
+        seed=seed,
+        choice=choice,
+        min_tokens=params.min_tokens,
+        stop_token_ids=sorted(stop_ids) if params.min_tokens else [],
+        logprobs=-1 if params.logprobs is None else params.logprobs,
+        prompt_logprobs=-1 if params.prompt_logprobs is None else params.prompt_logprobs,
+    )

@@ -1,0 +1,152 @@
+"""State of a rank, indexed by slot: what a `StepPlan` changes and a `ForwardBatch` is built from.
+
+Lengths and block tables live on the host (they follow from the plans alone); token ids live on the device, because the
+last sampled id is not known to the host when the next step starts:
+
+    tokens[slot, 0 : num_computed + 1]   prompt, output so far, and the id sampled last
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from phalanx.kernels.types import AttnMeta
+from phalanx.models.batch import ForwardBatch
+from phalanx.runtime.kv.spec import KVSpec
+from phalanx.runtime.plan import DomainPlan, PlanError, SlotSampling
+
+Ints = NDArray[np.int32]
+
+
+class PromptRows(NamedTuple):
+    """A chunk that wants prompt logprobs: `count` logits from `first_logit` on, about prompt tokens `start + 1 ...`."""
+
+    slot: int
+    start: int
+    count: int
+    first_row: int
+    first_logit: int
+
+
+class SampleRows(NamedTuple):
+    """Which rows of the step's logits are sampled: the first N, in plan order; prompt rows follow.
+
+    Attributes:
+        slots: [N] slot of each sampled row.
+        lengths: [N] tokens of the sequence before the sampled one.
+        prompt: chunks that want prompt logprobs.
+    """
+
+    slots: Ints
+    lengths: Ints
+    prompt: list[PromptRows]
+
+
+class SlotTable:
+    """All slots of one rank.
+
+    Args:
+        num_slots: sequences that may run at once.
+        spec: KV pool of the rank's domain.
+        device: where `tokens` lives.
+    """
+
+    def __init__(self, num_slots: int, spec: KVSpec, device: torch.device) -> None:
+        self.spec, self.device = spec, device
+        self.num_computed = np.zeros(num_slots, np.int32)
+        self.num_prompt = np.zeros(num_slots, np.int32)
+        self.block_tables = np.zeros((num_slots, spec.max_blocks(spec.max_model_len) + 1), np.int32)
+        self.is_admitted = np.zeros(num_slots, np.bool_)
+        self.sampling: dict[int, SlotSampling] = {}
+        self._wants_prompt: set[int] = set()
+        # One spare column: a step that runs ahead of a finish may sample one id past the limit.
+        self.tokens = torch.zeros((num_slots, spec.max_model_len + 2), dtype=torch.int32, device=device)
+
+    def apply(self, plan: DomainPlan) -> None:
+        """Take the changes of a plan: releases, admissions, longer tables.
+
+        Raises:
+            PlanError: a slot, block id or length outside the rank's bounds.
+        """
+        for slot in plan.release:
+            self.is_admitted[slot] = False
+            self._wants_prompt.discard(slot)
+        for init in plan.admit:
+            ids = np.frombuffer(init.token_ids, np.uint32).astype(np.int32)
+            if len(ids) > self.spec.max_model_len:
+                raise PlanError(f"slot {init.slot}: {len(ids)} tokens; at most {self.spec.max_model_len} fit")
+            self.sampling[init.slot] = init.sampling
+            self.is_admitted[init.slot] = True
+            if init.sampling.prompt_logprobs >= 0:
+                self._wants_prompt.add(init.slot)
+            self.num_computed[init.slot] = init.num_computed_tokens
+            self.num_prompt[init.slot] = init.num_prompt_tokens
+            self.block_tables[init.slot] = 0
+            self.tokens[init.slot, : len(ids)].copy_(self.to_device(ids))
+        for slot, first, block_ids in ((e.slot, e.first_index, e.block_ids) for e in plan.extend):
+            if block_ids and not 0 < min(block_ids) <= max(block_ids) < self.spec.num_blocks:
+                raise PlanError(f"slot {slot}: block ids {block_ids} outside 1..{self.spec.num_blocks - 1}")
+            self.block_tables[slot, first : first + len(block_ids)] = block_ids
+
+    def build(self, rows: list[int]) -> tuple[ForwardBatch, SampleRows]:
+        """The step's batch, and its sampled rows. Advances `num_computed` of the rows' slots.
+
+        Args:
+            rows: flat triples (slot, num_tokens, sample), rows of one token first.
+        """
+        slots, q_lens, sample = np.asarray(rows, np.int32).reshape(-1, 3).T
+        if not self.is_admitted[slots].all():
+            raise PlanError(f"slots {slots[~self.is_admitted[slots]].tolist()} have work but were never admitted")
+        starts = self.num_computed[slots]
+        ends = starts + q_lens
+        cu_seqlens = np.zeros(len(slots) + 1, np.int32)
+        np.cumsum(q_lens, out=cu_seqlens[1:])
+        num_tokens = int(cu_seqlens[-1])
+        # position = start of the sequence's chunk + index within it
+        positions = np.arange(num_tokens, dtype=np.int32) + np.repeat(starts - cu_seqlens[:-1], q_lens)
+        token_slots = np.repeat(slots, q_lens)
+        block_size = self.spec.block_size
+        blocks = self.block_tables[token_slots, positions // block_size]
+        slot_mapping = blocks.astype(np.int64) * block_size + positions % block_size
+        max_seq_len = int(ends.max(initial=0))
+        # One entry past the longest sequence stays readable (kernels.md section 3).
+        tables = self.block_tables[slots, : self.spec.max_blocks(max_seq_len) + 1]
+        token_index = token_slots.astype(np.int64) * self.tokens.shape[1] + positions
+        chosen = np.flatnonzero(sample)
+        prompt = self._prompt_rows(slots, starts, ends, cu_seqlens, len(chosen)) if self._wants_prompt else []
+        prompt_rows = [np.arange(part.first_row, part.first_row + part.count) for part in prompt]
+        logit_rows = np.concatenate([cu_seqlens[1:][chosen].astype(np.int64) - 1, *prompt_rows])
+        sampled = SampleRows(slots[chosen], ends[chosen], prompt)
+        self.num_computed[slots] = ends
+        device = [self.to_device(array) for array in (positions, slot_mapping, cu_seqlens, ends, tables, logit_rows)]
+        token_ids = self.tokens.view(-1)[self.to_device(token_index)]
+        decodes = int((q_lens == 1).sum())
+        meta = AttnMeta(device[2], device[3], device[4], decodes, int(q_lens.max(initial=0)), max_seq_len)
+        return ForwardBatch(token_ids, device[0], device[1], meta, device[5], num_tokens), sampled
+
+    def store(self, sampled: SampleRows, token_ids: Tensor) -> None:
+        """Make sampled ids the next inputs of their slots; `token_ids` [N] on the device."""
+        if len(sampled.slots):
+            index = sampled.slots.astype(np.int64) * self.tokens.shape[1] + sampled.lengths
+            self.tokens.view(-1)[self.to_device(index)] = token_ids.to(torch.int32)
+
+    def _prompt_rows(self, slots: Ints, starts: Ints, ends: Ints, cu_seqlens: Ints, num_sampled: int) -> list[PromptRows]:
+        prompt, first_logit = [], num_sampled
+        for row, slot in enumerate(slots.tolist()):
+            # The logits at position p are about token p + 1; the last prompt position is about the output.
+            count = min(int(ends[row]), int(self.num_prompt[slot]) - 1) - int(starts[row])
+            if slot in self._wants_prompt and count > 0:
+                prompt.append(PromptRows(slot, int(starts[row]), count, int(cu_seqlens[row]), first_logit))
+                first_logit += count
+        return prompt
+
+    def to_device(self, array: NDArray[np.generic]) -> Tensor:
+        """A host array on the device, without waiting for the copy."""
+        tensor = torch.from_numpy(np.ascontiguousarray(array))
+        if self.device.type == "cpu":
+            return tensor
+        # Pinned memory of torch's caching allocator is not reused before this copy has run.
+        return tensor.pin_memory().to(self.device, non_blocking=True)

@@ -1,0 +1,183 @@
+"""One rank: executes `StepPlan`s and decides nothing."""
+
+import time
+from collections import deque
+
+import torch
+
+from phalanx.kernels.sample import TopLogprobs
+from phalanx.kernels.types import AttnMeta
+from phalanx.models.batch import ForwardBatch
+from phalanx.models.loading import load_model
+from phalanx.parallel.mesh import Mesh
+from phalanx.parallel.pipeline import PendingTokens
+from phalanx.runtime.frames import TokenLogprobs
+from phalanx.runtime.plan import PlanError, StepPlan, StepResult, roll_hash
+from phalanx.runtime.rank_spec import RankSpec
+from phalanx.runtime.sampler import Sampled, Sampler
+from phalanx.runtime.slot_table import SampleRows, SlotTable
+
+
+class PendingResult:
+    """A step that is launched; `wait` gives its result. On CUDA the copy to the host is already under way."""
+
+    def __init__(self, plan: StepPlan, dp_rank: int, rows: SampleRows, sampled: Sampled, started: float) -> None:
+        self._plan, self._dp_rank, self._rows, self._sampled, self._started = plan, dp_rank, rows, sampled, started
+        self._token_ids = sampled.token_ids.to("cpu", non_blocking=True)
+        self._failed = sampled.failed.to("cpu", non_blocking=True)
+        self._event = torch.cuda.Event() if sampled.token_ids.is_cuda else None
+        if self._event is not None:
+            self._event.record()
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether `wait` will not block."""
+        return self._event is None
+
+    def wait(self) -> StepResult:
+        """Block until the step's ids are on the host."""
+        if self._event is not None:
+            self._event.synchronize()
+        logprobs: list[TokenLogprobs | None] = []
+        ids: list[int] = self._token_ids.tolist()
+        if self._sampled.logprobs is not None:
+            logprobs = [None] * len(ids)
+            wanted = self._sampled.logprob_rows
+            entries = _entries(self._sampled.logprobs, [ids[row] for row in wanted])
+            for row, entry in zip(wanted, entries, strict=True):
+                logprobs[row] = entry
+        prompt = [
+            (part.slot, _entries(values, targets.tolist()))
+            for part, (values, targets) in zip(self._rows.prompt, self._sampled.prompt_logprobs, strict=True)
+        ]
+        failed = torch.nonzero(self._failed).view(-1).tolist()
+        return StepResult(
+            self._plan.step,
+            self._plan.generation,
+            self._dp_rank,
+            self._rows.slots.tolist(),
+            ids,
+            failed,
+            logprobs,
+            prompt,
+            time.perf_counter() - self._started,
+        )
+
+
+class Worker:
+    """A rank's model shard, KV pool and slots.
+
+    Args:
+        spec: the rank's orders.
+        mesh: joined already.
+
+    Raises:
+        CheckpointError, ConfigError: the model cannot be loaded on this rank.
+    """
+
+    def __init__(self, spec: RankSpec, mesh: Mesh) -> None:
+        self.spec, self.mesh = spec, mesh
+        self.dtype = getattr(torch, spec.dtype)
+        where = mesh.coordinate
+        self.is_reporter = mesh.is_last_stage and where.tp == 0
+        self.model = load_model(
+            spec.model_path,
+            mesh,
+            device=mesh.device,
+            dtype=self.dtype,
+            layer_range=spec.stage_layers[where.pp],
+            max_model_len=spec.max_model_len,
+            choose=spec.choose,
+        )
+        shape = self.model.kv_shape(spec.num_blocks, spec.block_size)
+        self.kv = torch.zeros(shape, dtype=self.dtype, device=mesh.device)
+        self.table = SlotTable(spec.max_sequences, spec.kv, mesh.device)
+        self.sampler = Sampler(self.table, spec.choose)
+        self._next_step, self._hash = 0, 0
+        self._arriving: deque[tuple[int, SampleRows, PendingTokens]] = deque()
+
+    @torch.inference_mode()
+    def execute(self, plan: StepPlan) -> PendingResult | None:
+        """Run this rank's part of a step; a result on the reporting rank of each dp rank, None elsewhere.
+
+        Raises:
+            PlanError: the plan is not the next one, or not what the other ranks were told.
+        """
+        started = time.perf_counter()
+        domain = plan.domains[self.mesh.coordinate.dp]
+        self._check(plan)
+        self.table.apply(domain)
+        self._take_tokens(plan.step - self.spec.max_in_flight)
+        batch, rows = self.table.build(domain.rows)
+        pipeline, hidden = self.mesh.pipeline, None
+        if pipeline is not None and not self.mesh.is_first_stage:
+            hidden = pipeline.recv_hidden(batch.num_tokens, self.model.hidden_size, self.dtype)
+        out = self.model.forward(batch, self.kv, hidden)
+        if not self.mesh.is_last_stage:
+            assert pipeline is not None, "a mesh with several stages has lanes"
+            pipeline.send_hidden(out)
+            if self.mesh.is_first_stage:
+                self._arriving.append((plan.step, rows, pipeline.recv_tokens(len(rows.slots))))
+            return None
+        sampled = self.sampler.sample(out, rows)
+        self.table.store(rows, sampled.token_ids)
+        if pipeline is not None:
+            pipeline.send_tokens(sampled.token_ids.to(torch.int32))
+        return PendingResult(plan, self.mesh.coordinate.dp, rows, sampled, started) if self.is_reporter else None
+
+    def close(self) -> None:
+        """Leave the process groups."""
+        self.mesh.close()
+
+    def _check(self, plan: StepPlan) -> None:
+        for part in plan.domains:
+            self._hash = roll_hash(self._hash, part.rows)
+        if plan.step != self._next_step or plan.schedule_hash != self._hash:
+            raise PlanError(
+                f"rank {self.spec.rank} got step {plan.step} (hash {plan.schedule_hash:x}) but expects step "
+                f"{self._next_step} (hash {self._hash:x}); the replica must restart"
+            )
+        self._next_step += 1
+
+    def _take_tokens(self, settled_step: int) -> None:
+        """Stage 0: store the ids of steps the engine has seen the results of, so they are here or all but here."""
+        while self._arriving and self._arriving[0][0] <= settled_step:
+            _, rows, pending = self._arriving.popleft()
+            self.table.store(rows, pending.wait())
+
+
+@torch.inference_mode()
+def warm_up(worker: Worker) -> None:
+    """Run the largest prefill and a decode on the null block, so that no request pays for a first use.
+
+    Every rank of a tensor group must call it; stages do not wait for each other.
+    """
+    device, spec = worker.mesh.device, worker.spec
+    for num_tokens in (min(spec.max_batch_tokens, spec.max_model_len), 1):
+        zeros = torch.zeros(num_tokens, dtype=torch.int32, device=device)
+        blocks = spec.kv.max_blocks(num_tokens) + 1
+        meta = AttnMeta(
+            torch.tensor([0, num_tokens], dtype=torch.int32, device=device),
+            torch.tensor([num_tokens], dtype=torch.int32, device=device),
+            torch.zeros((1, blocks), dtype=torch.int32, device=device),
+            int(num_tokens == 1),
+            num_tokens,
+            num_tokens,
+        )
+        batch = ForwardBatch(
+            zeros, torch.arange(num_tokens, dtype=torch.int32, device=device), zeros.long() - 1, meta, zeros[:1].long(), num_tokens
+        )
+        hidden = None
+        if not worker.mesh.is_first_stage:
+            hidden = torch.zeros((num_tokens, worker.model.hidden_size), dtype=worker.dtype, device=device)
+        worker.model.forward(batch, worker.kv, hidden)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _entries(values: TopLogprobs, token_ids: list[int]) -> list[TokenLogprobs]:
+    columns = (values.logprobs, values.ranks, values.top_ids, values.top_logprobs)
+    logprobs, ranks, ids, tops = (column.tolist() for column in columns)
+    return [TokenLogprobs(*entry) for entry in zip(token_ids, logprobs, ranks, ids, tops, strict=True)]
+
+

@@ -1,0 +1,138 @@
+"""Drive a decoder by hand: what the worker does, as plainly as can be. Imported by rank processes: no transformers."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from phalanx.kernels.types import AttnMeta
+from phalanx.models.batch import ForwardBatch
+from phalanx.models.decoder import Decoder
+from phalanx.models.loading import load_model, read_config
+from phalanx.parallel.mesh import Mesh
+from phalanx.parallel.pipeline import split_layers
+
+BLOCK_SIZE = 4
+Rows = list[tuple[int, int, int]]  # (sequence, first position, number of tokens), decodes first
+
+
+def load_stage(path: str, mesh: Mesh, max_model_len: int = 64) -> Decoder:
+    """This rank's stage in fp32 on the CPU."""
+    stages = split_layers(len(read_config(path).layers), mesh.shape.pp)
+    return load_model(
+        path,
+        mesh,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        layer_range=stages[mesh.coordinate.pp],
+        max_model_len=max_model_len,
+    )
+
+
+class Driver:
+    """Runs steps over a fixed set of sequences whose tokens are known beforehand (teacher forcing)."""
+
+    def __init__(self, decoder: Decoder, mesh: Mesh, sequences: list[list[int]]) -> None:
+        self._decoder = decoder
+        self._mesh = mesh
+        self._sequences = sequences
+        blocks_each = -(-max(map(len, sequences)) // BLOCK_SIZE)
+        num_blocks = 1 + blocks_each * len(sequences)
+        # Scattered blocks, and NaN in every slot nobody wrote.
+        order = torch.randperm(num_blocks - 1, generator=torch.Generator().manual_seed(7)) + 1
+        self._tables = order.view(len(sequences), blocks_each).to(torch.int32)
+        self.kv = torch.full(decoder.kv_shape(num_blocks, BLOCK_SIZE), torch.nan)
+
+    def batch(self, rows: Rows, sample: str = "all") -> ForwardBatch:
+        """The step that computes `rows`; `sample` is "all" tokens, the "last" of each row, or "none"."""
+        tokens, positions, slots = [], [], []
+        for sequence, first, count in rows:
+            tokens += self._sequences[sequence][first : first + count]
+            positions += range(first, first + count)
+            table = self._tables[sequence]
+            slots += [int(table[p // BLOCK_SIZE]) * BLOCK_SIZE + p % BLOCK_SIZE for p in range(first, first + count)]
+        bounds = torch.tensor([0, *(count for _, _, count in rows)]).cumsum(0).to(torch.int32)
+        ends = [first + count for _, first, count in rows]
+        picked = {"all": torch.arange(len(tokens)), "last": bounds[1:].long() - 1, "none": torch.arange(0)}[sample]
+        meta = AttnMeta(
+            cu_seqlens_q=bounds,
+            seq_lens=torch.tensor(ends, dtype=torch.int32),
+            block_tables=self._tables[[sequence for sequence, _, _ in rows]],
+            num_decodes=sum(1 for _ in _leading_decodes(rows)),
+            max_q_len=max((count for _, _, count in rows), default=0),
+            max_seq_len=max(ends, default=0),
+        )
+        return ForwardBatch(
+            token_ids=torch.tensor(tokens, dtype=torch.int32),
+            positions=torch.tensor(positions, dtype=torch.int32),
+            slot_mapping=torch.tensor(slots, dtype=torch.int64),
+            meta=meta,
+            sample_rows=picked,
+            num_tokens=len(tokens),
+        )
+
+    @torch.inference_mode()
+    def step(self, rows: Rows, sample: str = "all") -> Tensor:
+        """Logits of the sampled rows on the last stage; hidden states on the others."""
+        batch, pipeline = self.batch(rows, sample), self._mesh.pipeline
+        hidden = None
+        if pipeline is not None and not self._mesh.is_first_stage:
+            hidden = pipeline.recv_hidden(batch.num_tokens, self._decoder.config.hidden_size, torch.float32)
+        out = self._decoder.forward(batch, self.kv, hidden)
+        if pipeline is not None and not self._mesh.is_last_stage:
+            pipeline.send_hidden(out)
+        return out
+
+
+def _leading_decodes(rows: Rows) -> list[int]:
+    counts = [count for _, _, count in rows]
+    return counts[: next((i for i, count in enumerate(counts) if count > 1), len(counts))]
+
+
+def whole(driver: Driver, length: int) -> Tensor:
+    """Both sequences in one prefill; logits of every position, sequence by sequence."""
+    return driver.step([(0, 0, length), (1, 0, length)]).view(2, length, -1)
+
+
+def chunked(driver: Driver, length: int) -> Tensor:
+    """Prefill in uneven chunks while the other sequence decodes, then both decode to the end."""
+    first, second = [], []
+    first.append(driver.step([(0, 0, 7)]))
+    first.append(driver.step([(0, 7, 4)]))
+    for position in range(3):
+        out = driver.step([(0, 11 + position, 1), (1, 5 * position, 5)])
+        first.append(out[:1])
+        second.append(out[1:])
+    driver.step([], "none")
+    for position in range(length - 15):
+        out = driver.step([(0, 14 + position, 1), (1, 15 + position, 1)])
+        first.append(out[:1])
+        second.append(out[1:])
+    first.append(driver.step([(0, length - 1, 1)]))
+    return torch.stack([torch.cat(first), torch.cat(second)])
+
+
+PROGRAMS: dict[str, Callable[[Driver, int], Tensor]] = {"whole": whole, "chunked": chunked}
+
+
+def logits_of(mesh: Mesh, path: str, sequences: list[list[int]], program: str) -> Tensor | None:
+    """(sequence, position, vocab) logits through a program, on the last stage; None on the others."""
+    driver = Driver(load_stage(path, mesh), mesh, sequences)
+    if mesh.is_last_stage:
+        return PROGRAMS[program](driver, len(sequences[0]))
+    _run_silent(driver, program, len(sequences[0]))
+    return None
+
+
+def _run_silent(driver: Driver, program: str, length: int) -> None:
+    """A stage without logits makes the same steps; the shapes of its results do not matter."""
+    steps: list[tuple[Rows, str]] = []
+
+    class Recorder:
+        def step(self, rows: Rows, sample: str = "all") -> Tensor:
+            steps.append((rows, sample))
+            return torch.zeros(sum(count for _, _, count in rows), 1)
+
+    PROGRAMS[program](Recorder(), length)  # type: ignore[arg-type]
+    for rows, sample in steps:
+        driver.step(rows, sample)
