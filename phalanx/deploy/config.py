@@ -31,7 +31,7 @@ from phalanx.errors import ConfigError
 
 Auto = Literal["auto"]
 
-PRINTABLE = r"[^\x00-\x1f\x7f]{1,4096}"
+PRINTABLE = r"[^\x00-\x1f\x7f\ud800-\udfff]{1,4096}"
 NAME = string(r"[a-z][a-z0-9_]{0,63}", "a name of lower-case letters, digits and underscores")
 
 

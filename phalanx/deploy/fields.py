@@ -225,7 +225,7 @@ def _section(cls: type[T], node: Node, path: str, built: Built, complaints: list
         complaints.append(Complaint(node.mark, f"{where}keys are expected below; valid keys: {valid}"))
     for key in entries.keys() - {item.name for item, _ in hints}:
         near = difflib.get_close_matches(key, valid.split(", "), 1, cutoff=0.0)[0]
-        sentence = f"unknown key {path}{key[:80]}; the nearest is {path}{near}; valid keys: {valid}"
+        sentence = f"unknown key {(path + key)[:80]!r}; the nearest is {path + near!r}; valid keys: {valid}"
         complaints.append(Complaint(entries[key].mark, sentence))
     values: dict[str, Any] = {}
     for item, hint in hints:

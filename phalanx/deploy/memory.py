@@ -17,6 +17,13 @@ LOGITS_BYTES = 8
 """Per logit: fp32, once as computed and once while sampling."""
 
 
+class Batch(NamedTuple):
+    """Limits of a step of one data-parallel rank."""
+
+    max_tokens: int
+    max_sequences: int
+
+
 class StageBytes(NamedTuple):
     """Bytes of one rank of a pipeline stage; `block` is one KV block of all its layers."""
 
@@ -45,16 +52,14 @@ def stage_bytes(
     shape: MeshShape,
     stage: int,
     layers: tuple[int, int],
-    *,
     itemsize: int,
     block_size: int,
-    max_batch_tokens: int,
-    max_sequences: int,
+    batch: Batch,
 ) -> StageBytes:
     """What every rank of a stage needs.
 
     Workspace is the widest moment of a step: three rows of hidden size per token and one layer's projections; on the
-    last stage also the logits of `max_sequences` rows.
+    last stage also one row of logits per sequence.
     """
     is_first, is_last = stage == 0, stage == shape.pp - 1
     weights = parameter_count(model, shape, layers, is_first, is_last) * itemsize
@@ -63,9 +68,9 @@ def stage_bytes(
         attention = layer.attention
         qkv = (2 * attention.num_heads + 2 * max(attention.num_kv_heads, shape.tp)) * attention.head_dim
         widest = max(widest, qkv, 3 * layer.mlp.intermediate_size)
-    workspace = max_batch_tokens * (3 * model.hidden_size + widest // shape.tp) * itemsize
+    workspace = batch.max_tokens * (3 * model.hidden_size + widest // shape.tp) * itemsize
     if is_last:
-        workspace += max_sequences * model.vocab_size * LOGITS_BYTES
+        workspace += batch.max_sequences * model.vocab_size * LOGITS_BYTES
     return StageBytes(stage, weights, workspace, block_size * kv_bytes_per_token(model, shape.tp, layers, itemsize))
 
 

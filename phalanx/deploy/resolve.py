@@ -4,8 +4,8 @@ from collections import Counter
 from typing import NamedTuple
 
 from phalanx.deploy.config import ClusterConfig, conflicts
-from phalanx.deploy.hardware import Hardware
-from phalanx.deploy.memory import ITEMSIZE, Share, StageBytes, cpu_share, gpu_share, size_pool, stage_bytes
+from phalanx.deploy.hardware import Hardware, Node
+from phalanx.deploy.memory import ITEMSIZE, Batch, Share, StageBytes, cpu_share, gpu_share, size_pool, stage_bytes
 from phalanx.deploy.placement import Seat, seat_ranks
 from phalanx.deploy.plan import (
     DeploymentPlan,
@@ -30,6 +30,7 @@ class _Tenant(NamedTuple):
     """A rank with its place, its layers, what it needs and what it may use."""
 
     seat: Seat
+    node: Node
     layers: tuple[int, int]
     needs: StageBytes
     share: Share
@@ -61,27 +62,19 @@ def resolve(config: ClusterConfig, hardware: Hardware, model: DecoderConfig) -> 
     stage_layers = tuple(end - first for first, end in ranges)
     block_size = _number(config.kv.block_size) or (64 if is_cuda else 16)
     max_batch_tokens = _number(scheduler.max_batch_tokens) or (8192 if is_cuda else 512)
+    batch = Batch(max_batch_tokens, scheduler.max_sequences)
     needs = [
-        stage_bytes(
-            model,
-            shape,
-            stage,
-            layers,
-            itemsize=ITEMSIZE[dtype],
-            block_size=block_size,
-            max_batch_tokens=max_batch_tokens,
-            max_sequences=scheduler.max_sequences,
-        )
+        stage_bytes(model, shape, stage, layers, ITEMSIZE[dtype], block_size, batch)
         for stage, layers in enumerate(ranges)
     ]
     seats = seat_ranks(shape, config.replicas, room.groups, spread=not is_cuda)
-    num_ranks = Counter(seat.node for seat in seats)
+    neighbours = Counter(seat.node for seat in seats)
     tenants = []
     for seat in seats:
         node, stage = hardware.nodes[seat.node], seat.coordinate.pp
         gpu = gpu_share(node.gpu_memory_bytes, config.kv.gpu_fraction)
-        share = gpu if is_cuda else cpu_share(node.memory_bytes, num_ranks[seat.node])
-        tenants.append(_Tenant(seat, ranges[stage], needs[stage], share))
+        share = gpu if is_cuda else cpu_share(node.memory_bytes, neighbours[seat.node])
+        tenants.append(_Tenant(seat, node, ranges[stage], needs[stage], share))
     pool = size_pool(
         [(tenant.needs, tenant.share) for tenant in tenants],
         block_size=block_size,
@@ -90,8 +83,8 @@ def resolve(config: ClusterConfig, hardware: Hardware, model: DecoderConfig) -> 
         max_position=model.max_position,
         max_sequences=scheduler.max_sequences,
     )
-    threads = max(1, min(hardware.nodes[node].cpus // ranks for node, ranks in num_ranks.items()))
-    threads = min(threads, MAX_GPU_RANK_THREADS) if is_cuda else threads
+    fair_threads = min(hardware.nodes[node].cpus // ranks for node, ranks in neighbours.items())
+    threads = max(1, min(fair_threads, MAX_GPU_RANK_THREADS) if is_cuda else fair_threads)
     return DeploymentPlan(
         model=ModelPlan(path=config.model.path, dtype=dtype, name=_model_name(config)),
         ray=config.ray,
@@ -114,7 +107,7 @@ def resolve(config: ClusterConfig, hardware: Hardware, model: DecoderConfig) -> 
         server=config.server,
         workers=WorkersPlan(threads=_number(config.workers.threads) or threads),
         kernels=dict(config.kernels),
-        ranks=tuple(_rank(tenant, hardware, pool.num_blocks) for tenant in tenants),
+        ranks=tuple(_rank(tenant, pool.num_blocks) for tenant in tenants),
         checks=tuple(even_divisions(model, shape, stage_layers)),
     )
 
@@ -138,7 +131,7 @@ def _model_name(config: ClusterConfig) -> str:
     return (path.rpartition("/")[2] or path) if config.model.name == "auto" else config.model.name
 
 
-def _rank(tenant: _Tenant, hardware: Hardware, num_blocks: int) -> RankPlan:
+def _rank(tenant: _Tenant, num_blocks: int) -> RankPlan:
     seat, (first_layer, end_layer) = tenant.seat, tenant.layers
     return RankPlan(
         replica=seat.replica,
@@ -146,7 +139,7 @@ def _rank(tenant: _Tenant, hardware: Hardware, num_blocks: int) -> RankPlan:
         pp=seat.coordinate.pp,
         dp=seat.coordinate.dp,
         tp=seat.coordinate.tp,
-        node=hardware.nodes[seat.node].name,
+        node=tenant.node.name,
         slot=seat.slot,
         first_layer=first_layer,
         end_layer=end_layer,

@@ -37,8 +37,8 @@ TINY = {
     "rope_theta": 10000.0,
     "sliding_window": 9,
     "query_pre_attn_scalar": 30,
-    "attn_logit_softcapping": 50.0,
-    "final_logit_softcapping": 30.0,
+    "attn_logit_softcapping": 3.0,
+    "final_logit_softcapping": 2.0,
     "attention_bias": False,
     "tie_word_embeddings": True,
 }

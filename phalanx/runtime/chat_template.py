@@ -2,9 +2,10 @@
 
 The template is code of the model's author, the messages are data of a stranger. The template runs in jinja's
 sandbox, without attributes of Python objects, files or imports; the messages reach it as plain strings and are never
-parsed as a template. Bounds: 256 KiB of template, 1024 messages, 16 Mi characters in and out, 5 s. The last two are
-checked whenever the template yields text, which every loop over messages does; an endless loop that yields nothing
-is stopped only by the sandbox's own limit on `range` (100,000), so render off the event loop.
+parsed as a template. Bounds: 256 KiB of template, 1024 messages, 16 Mi characters in and out, 5 s. Output and time
+are checked whenever the template yields text, which a loop over messages does. So no message can exhaust the server
+through an honest template, but a template written to do harm can (`9 ** 9 ** 9`): take model folders from people you
+trust, and render off the event loop.
 """
 
 import json
@@ -41,7 +42,7 @@ _RENDER_ERRORS = (
 
 class _Generation(Extension):
     # `{% generation %} ... {% endgeneration %}` marks the assistant's text for training; here it is only its body.
-    tags: set[str] = {"generation"}
+    tags = {"generation"}  # noqa: RUF012  (jinja declares it so)
 
     def parse(self, parser: Parser) -> list[Node]:
         next(parser.stream)
@@ -75,7 +76,7 @@ class ChatTemplate:
         self._special_tokens = dict(special_tokens)
         try:
             self._template = environment.from_string(source)
-        except (jinja2.TemplateSyntaxError, RecursionError) as error:
+        except (jinja2.TemplateSyntaxError, SyntaxError, RecursionError) as error:
             line = getattr(error, "lineno", "?")
             raise CheckpointError(f"chat template, line {line}: {error}; repair or remove it") from error
 

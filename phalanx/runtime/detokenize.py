@@ -86,7 +86,7 @@ def decode_rule(decoder: Mapping[str, Any] | None) -> DecodeRule:
         else:
             raise CheckpointError(
                 f"tokenizer.json: decoder {step} in {[step['type'] for step in steps]} is not supported; supported are "
-                "ByteLevel, Metaspace, and Replace (of a string), ByteFallback, Fuse, Strip (of the start), in this order"
+                "ByteLevel, Metaspace, or Replace (a string), ByteFallback, Fuse, Strip (the start) in this order"
             )
     return rule
 

@@ -4,7 +4,7 @@ from array import array
 
 from phalanx.errors import RequestTooLongError
 from phalanx.runtime.engine_config import EngineConfig
-from phalanx.runtime.executor.executor import Executor
+from phalanx.runtime.executor.executor import Executor, HasFileno
 from phalanx.runtime.frames import Abort, Place, TokenRow
 from phalanx.runtime.scheduler import Scheduler
 from phalanx.runtime.sequence import FINISHED, Sequence
@@ -75,11 +75,14 @@ class Engine:
                 self.scheduler.cancel(seq)
         self._forget(frame.job)
 
-    def step(self, timeout_s: float = 0.0, *, prove_alive: bool = False) -> list[TokenRow]:
+    def step(
+        self, timeout_s: float = 0.0, *, prove_alive: bool = False, wake: HasFileno | None = None
+    ) -> list[TokenRow]:
         """Plan and send what may be sent, then take what has arrived.
 
         Args:
             timeout_s: longest wait for a result.
+            wake: something with a `fileno` whose readability ends the wait.
             prove_alive: when idle, run an empty step: its result shows that every rank answers.
 
         Raises:
@@ -89,7 +92,7 @@ class Engine:
             self.executor.submit(plan)
             prove_alive = False
         rows, self._settled = self._settled, []
-        for result in self.executor.poll(0.0 if rows else timeout_s):
+        for result in self.executor.poll(0.0 if rows else timeout_s, wake):
             rows += self.scheduler.apply(result)
         for row in rows:
             if row.finish is not None:

@@ -11,15 +11,16 @@ detokenizer is not certain of, and the longest end of the text that could become
 
 from array import array
 from collections.abc import Sequence
-from typing import Final, NamedTuple
+from itertools import pairwise
+from typing import NamedTuple
 
 from phalanx.errors import InvalidRequestError, PhalanxError
 from phalanx.runtime.detokenize import Detokenizer, HasPieces
 from phalanx.runtime.frames import FinishReason, TokenLogprobs
 from phalanx.runtime.sampling_params import SamplingParams
+from phalanx.runtime.stop_strings import START, StopStrings
 
 MAX_DELTA_TOKENS = 4096
-_ROOT: Final = 0
 
 
 class OutputError(PhalanxError):
@@ -46,71 +47,6 @@ class Delta(NamedTuple):
     stop_match: str | None = None
 
 
-class StopStrings:
-    """An automaton that finds the first stop string of a text, read piece by piece; shared by all choices of a request.
-
-    A state is the longest end of the text that begins a stop string; `depths[state]` is its length. The match is the
-    one that ends first, of those the longest: the same one however the text is cut.
-
-    Cost: built in O(total length), then O(1) amortised per character.
-    Source: Aho, Corasick, "Efficient string matching" (CACM 1975).
-    """
-
-    def __init__(self, stops: Sequence[str]) -> None:
-        self.depths = [0]
-        self._matches: list[str | None] = [None]
-        self._next: list[dict[str, int]] = [{}]
-        for stop in stops:
-            state = _ROOT
-            for depth, char in enumerate(stop, 1):
-                if char not in self._next[state]:
-                    self._next[state][char] = len(self.depths)
-                    self.depths.append(depth)
-                    self._matches.append(None)
-                    self._next.append({})
-                state = self._next[state][char]
-            self._matches[state] = stop
-        self._first_chars = frozenset(self._next[_ROOT])
-        self._link()
-
-    def _link(self) -> None:
-        # Breadth first: the state to fall back to, the longest proper end that also begins a stop string, is shallower.
-        self._fallback = [_ROOT] * len(self.depths)
-        queue = list(self._next[_ROOT].values())
-        for state in queue:
-            for char, child in self._next[state].items():
-                self._fallback[child] = self.step(self._fallback[state], char)
-                self._matches[child] = self._matches[child] or self._matches[self._fallback[child]]
-                queue.append(child)
-
-    def step(self, state: int, char: str) -> int:
-        """The state after one more character."""
-        while char not in self._next[state]:
-            if state == _ROOT:
-                return _ROOT
-            state = self._fallback[state]
-        return self._next[state][char]
-
-    def scan(self, state: int, text: str) -> "Scan":
-        """Read on from a state, to the end of the text or of the first match."""
-        if state == _ROOT and self._first_chars.isdisjoint(text):
-            return Scan(_ROOT, None, len(text))
-        for end, char in enumerate(text, 1):
-            state = self.step(state, char)
-            match = self._matches[state]
-            if match is not None:
-                return Scan(state, match, end)
-        return Scan(state, None, len(text))
-
-
-class Scan(NamedTuple):
-    """State after reading `end` characters; `match` ends there, None = no stop string yet."""
-
-    state: int
-    match: str | None
-    end: int
-
-
 class ChoiceOutput:
     """One choice, from its first id to its finish; sans-IO.
 
@@ -124,8 +60,18 @@ class ChoiceOutput:
         finish, stop_match: as in `Delta`, None while it runs.
     """
 
-    __slots__ = ("_detokenizer", "_held", "_offsets", "_state", "_stops", "_utf8", "finish", "logprobs")
-    __slots__ += ("stop_match", "token_ids")
+    __slots__ = (
+        "_detokenizer",
+        "_held",
+        "_offsets",
+        "_state",
+        "_stops",
+        "_utf8",
+        "finish",
+        "logprobs",
+        "stop_match",
+        "token_ids",
+    )
 
     def __init__(self, detokenizer: Detokenizer | None = None, stops: StopStrings | None = None) -> None:
         self.token_ids = array("I")
@@ -136,7 +82,7 @@ class ChoiceOutput:
         self._utf8 = bytearray()
         self._offsets = array("Q", [0])
         self._stops = stops
-        self._state = _ROOT
+        self._state = START
         self._held = ""  # the end of the text that may become a stop string; its length is the state's depth
 
     @property
@@ -155,7 +101,7 @@ class ChoiceOutput:
         Args:
             token_ids: with finish = "stop" the last one is the stop id, which adds no text.
             logprobs: one per id; for all rows of a choice or for none.
-            finish: the engine's; a stop string found here makes "stop" of None and "length".
+            finish: the engine's reason; "stop" wherever a stop string is found.
 
         Raises:
             OutputError: log-probabilities do not go with the ids.
@@ -224,6 +170,7 @@ class ChoiceOutput:
         """What a reader that holds `position` ids is missing, at most `MAX_DELTA_TOKENS` ids each; empty if nothing.
 
         Args:
+            position: how many ids the reader holds.
             upto: as if the output had only so many ids and no finish (what is durable); None = all, and the finish.
 
         Raises:
@@ -250,13 +197,13 @@ class ChoiceOutput:
         """Assert the invariants between ids, log-probabilities, offsets and text; O(n)."""
         offsets = self._offsets
         assert len(offsets) == len(self.token_ids) + 1
-        assert all(a <= b for a, b in zip(offsets, offsets[1:], strict=False))
+        assert all(a <= b for a, b in pairwise(offsets))
         assert offsets[-1] <= len(self._utf8)
         assert len(self.logprobs) in (0, len(self.token_ids))
-        assert self.stop_match is None or (self.finish is not None and self.stop_match not in self.text)
-        assert not (self.finish and self._held)
-        if self._stops is not None and self.finish is None:
-            assert len(self._held) == self._stops.depths[self._state]
+        assert self.stop_match is None or self.finish == "stop"
+        if self._stops is not None:
+            assert self._stops.scan(START, self.text).match is None
+            assert len(self._held) == (0 if self.finish else self._stops.depths[self._state])
 
     def _emit(self, text: str) -> None:
         if not text:
@@ -278,9 +225,7 @@ class ChoiceOutput:
         self._held = ""
         if num_new:
             self._offsets[-1] = len(self._utf8)
-        if self.stop_match is not None and finish in (None, "length"):
-            finish = "stop"
-        self.finish = finish
+        self.finish = finish if self.stop_match is None else "stop"
 
     def _check_logprobs(self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs] | None) -> None:
         num_logprobs = len(self.logprobs) + len(logprobs or ())

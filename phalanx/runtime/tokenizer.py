@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import tokenizers
 
@@ -133,15 +133,16 @@ def encode_prompt(tokenizer: Tokenizer | None, prompt: Prompt) -> list[int]:
     Raises:
         InvalidRequestError: text without a tokenizer, no ids result, or `Tokenizer.encode` / `encode_chat` refuse.
     """
-    is_text = isinstance(prompt, str)
-    is_chat = not is_text and len(prompt) > 0 and isinstance(prompt[0], Mapping)
-    if not is_text and not is_chat:
-        return list(prompt)  # type: ignore[arg-type]
+    if not isinstance(prompt, Sequence):
+        raise InvalidRequestError(f"prompt ({type(prompt).__name__}) must be a text, a list of ids, or of messages")
+    is_chat = len(prompt) > 0 and isinstance(prompt[0], Mapping)
+    if not isinstance(prompt, str) and not is_chat:
+        return list(cast(Sequence[int], prompt))
     if tokenizer is None:
         raise InvalidRequestError("this model has no tokenizer.json; send prompt_token_ids")
-    if is_chat:
-        return tokenizer.encode_chat(prompt)  # type: ignore[arg-type]
-    token_ids = tokenizer.encode(prompt)  # type: ignore[arg-type]
+    if not isinstance(prompt, str):
+        return tokenizer.encode_chat(cast(Sequence[Mapping[str, str]], prompt))
+    token_ids = tokenizer.encode(prompt)
     if not token_ids:
         raise InvalidRequestError(f"the prompt text ({prompt!r:.80}) makes no tokens; send some text")
     return token_ids

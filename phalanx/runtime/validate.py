@@ -56,9 +56,9 @@ def _check_prompt(prompt_token_ids: Sequence[int], vocab_size: int) -> None:
     if not len(prompt_token_ids):
         raise InvalidRequestError("prompt_token_ids is empty; send at least one id")
     # Whole-list passes in C; the offender is looked up only when there is one.
-    if set(map(type, prompt_token_ids)) == {int}:
-        if min(prompt_token_ids) >= 0 and max(prompt_token_ids) < vocab_size:
-            return
+    are_ints = set(map(type, prompt_token_ids)) == {int}
+    if are_ints and min(prompt_token_ids) >= 0 and max(prompt_token_ids) < vocab_size:
+        return
     for i, token_id in enumerate(prompt_token_ids):
         if type(token_id) is not int or not 0 <= token_id < vocab_size:
             raise InvalidRequestError(

@@ -16,14 +16,14 @@ BLOCK_SIZE = 4
 Rows = list[tuple[int, int, int]]  # (sequence, first position, number of tokens), decodes first
 
 
-def load_stage(path: str, mesh: Mesh, max_model_len: int = 64) -> Decoder:
-    """This rank's stage in fp32 on the CPU."""
+def load_stage(path: str, mesh: Mesh, max_model_len: int = 64, dtype: torch.dtype = torch.float32) -> Decoder:
+    """This rank's stage on the CPU."""
     stages = split_layers(len(read_config(path).layers), mesh.shape.pp)
     return load_model(
         path,
         mesh,
         device=torch.device("cpu"),
-        dtype=torch.float32,
+        dtype=dtype,
         layer_range=stages[mesh.coordinate.pp],
         max_model_len=max_model_len,
     )
@@ -32,7 +32,9 @@ def load_stage(path: str, mesh: Mesh, max_model_len: int = 64) -> Decoder:
 class Driver:
     """Runs steps over a fixed set of sequences whose tokens are known beforehand (teacher forcing)."""
 
-    def __init__(self, decoder: Decoder, mesh: Mesh, sequences: list[list[int]]) -> None:
+    def __init__(
+        self, decoder: Decoder, mesh: Mesh, sequences: list[list[int]], dtype: torch.dtype = torch.float32
+    ) -> None:
         self._decoder = decoder
         self._mesh = mesh
         self._sequences = sequences
@@ -41,7 +43,7 @@ class Driver:
         # Scattered blocks, and NaN in every slot nobody wrote.
         order = torch.randperm(num_blocks - 1, generator=torch.Generator().manual_seed(7)) + 1
         self._tables = order.view(len(sequences), blocks_each).to(torch.int32)
-        self.kv = torch.full(decoder.kv_shape(num_blocks, BLOCK_SIZE), torch.nan)
+        self.kv = torch.full(decoder.kv_shape(num_blocks, BLOCK_SIZE), torch.nan, dtype=dtype)
 
     def batch(self, rows: Rows, sample: str = "all") -> ForwardBatch:
         """The step that computes `rows`; `sample` is "all" tokens, the "last" of each row, or "none"."""

@@ -30,7 +30,9 @@ def run_mesh(shape: MeshShape, function: Callable[..., Any], *args: Any, timeout
         RankError: the first rank that raised, with its traceback, or died, or is still running after `timeout_s`.
     """
     store, address = host_store()
-    results = run_ranks(shape.world_size, _on_mesh, shape, address, timeout_s, function, args, timeout_s=timeout_s)
+    # A collective gives up first, so that the rank itself says where it waited.
+    patience_s = timeout_s / 2
+    results = run_ranks(shape.world_size, _on_mesh, shape, address, patience_s, function, args, timeout_s=timeout_s)
     del store
     return results
 

@@ -70,12 +70,14 @@ def load_hf(folder: Path) -> Any:
 def redraw(model: Any, seed: int) -> None:
     """Draw every parameter anew, in order of their names; vectors (norms, biases) around the constant they start as."""
     generator = torch.Generator().manual_seed(seed)
+    # A scaled tied embedding would make every token predict itself.
+    vocabulary_std = VOCABULARY_STD / getattr(model.get_input_embeddings(), "scalar_embed_scale", 1.0)
     for name, parameter in sorted(model.named_parameters()):
         noise = torch.randn(parameter.shape, generator=generator)
         if parameter.dim() == 1:
             parameter += VECTOR_STD * noise
         elif "embed" in name or "lm_head" in name:
-            parameter.copy_(VOCABULARY_STD * noise)
+            parameter.copy_(vocabulary_std * noise)
         else:
             parameter.copy_(GAIN / parameter.shape[-1] ** 0.5 * noise)
 
@@ -85,6 +87,19 @@ def hf_logits(model: Any, token_ids: list[int]) -> Tensor:
     """(T, vocab) fp32 logits of every position."""
     logits: Tensor = model(torch.tensor([token_ids])).logits[0].float()
     return logits
+
+
+def greedy(model: Any, prompt: list[int], num_tokens: int) -> tuple[list[int], float]:
+    """`num_tokens` greedy tokens after a prompt (ties to the lowest id), and the smallest margin of their logits.
+
+    A comparison of tokens means something only if the margin is far above the error of the logits (1e-5 or so).
+    """
+    ids, margin = list(prompt), float("inf")
+    for _ in range(num_tokens):
+        last = hf_logits(model, ids)[-1:]
+        margin = min(margin, smallest_margin(last))
+        ids.append(int(last.argmax()))
+    return ids[len(prompt) :], margin
 
 
 def smallest_margin(logits: Tensor) -> float:

@@ -21,7 +21,7 @@ SOURCES = Path(__file__).parent / "csrc"
 CACHE = Path.home() / ".cache" / "phalanx" / "kernels"
 COMPILER = "g++"
 FLAGS = (
-    *("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-fvisibility=hidden"),
+    *("-std=c++17", "-O3", "-march=native", "-mprefer-vector-width=512", "-fopenmp", "-shared", "-fPIC", "-fvisibility=hidden"),
     *("-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"),  # neither changes a value
 )
 SUFFIX = {torch.float32: "fp32", torch.bfloat16: "bf16"}

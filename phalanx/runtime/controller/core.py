@@ -77,7 +77,7 @@ class Core:
     def __init__(
         self,
         config: CoreConfig,
-        new_output: Callable[[SamplingParams], ChoiceOutput],
+        new_outputs: Callable[[SamplingParams], list[ChoiceOutput]],
         decide: Callable[[least_load.PlacementView, float], least_load.Decision] = least_load.decide,
     ) -> None:
         self.config = config
@@ -85,7 +85,7 @@ class Core:
         self.queue: list[Job] = []
         self.meters = Meters()
         self.is_draining = False
-        self._new_output = new_output
+        self._new_outputs = new_outputs
         self._decide = decide
         self._effects: list[Effect] = []
         self._fleet = Fleet(self.meters, self._emit)
@@ -208,9 +208,7 @@ class Core:
                 f"{len(self.queue)} requests wait for a replica and at most {self.config.max_queue} may; retry later"
             )
         self._num_orders += 1
-        choices = [
-            Choice(request.num_prompt_tokens, self._new_output(request.params)) for _ in range(request.params.n)
-        ]
+        choices = [Choice(request.num_prompt_tokens, output) for output in self._new_outputs(request.params)]
         deadline = None if request.deadline_s is None else now + request.deadline_s
         job = Job(request, digest, choices, self._num_orders, now, deadline)
         self.jobs[request.request_id] = job
@@ -277,17 +275,18 @@ class Core:
         self._note_gap(job, now)
         self.meters.output_tokens += choice.num_tokens - num_known
         if is_first and choice.num_tokens:
-            job.fingerprint = replica.hello.fingerprint if replica.hello is not None else None
+            job.fingerprint = replica.fingerprint
             self.meters.time_to_first_token_s.observe(now - job.submitted_at)
         self._emit(Changed(row.job))
         if choice.finish is None:
             return
         replica.num_choices -= 1
         self._count_finish(choice)
-        if row.finish is None and replica.link is not None:
+        if row.finish is None:
             # A stop string, or a row that was held: the engine may not know that the choice has ended.
-            self._emit(Send(replica.link, Abort(row.job, job.epoch, row.choice)))
+            self._send(replica, Abort(row.job, job.epoch, row.choice))
         if job.num_open == 0:
+            replica.remove(job)
             self._retire(job, now)
 
     def _note_gap(self, job: Job, now: float) -> None:
@@ -308,13 +307,113 @@ class Core:
 
     def _place_queued(self, now: float) -> None:
         waiting = []
-        for job in self.queue:
-            # Asked anew for each job: the one before has changed the loads.
-            loads = self._loads() if not waiting or job.fingerprint is not None else ()
+        loads = self._loads() if self.queue else ()
+        for position, job in enumerate(self.queue):
+            if not any(load.num_choices < load.max_choices for load in loads):
+                waiting += self.queue[position:]
+                break
             num_tokens = job.request.num_prompt_tokens + (job.request.params.max_tokens or 0)
             decision = self._decide(least_load.PlacementView(num_tokens, job.fingerprint, loads), now)
             if decision.replica is None:
                 waiting.append(job)
             else:
                 self._place(job, self.replicas[decision.replica])
+                loads = self._loads()
         self.queue[:] = waiting
+
+    def _loads(self) -> tuple[least_load.ReplicaLoad, ...]:
+        return tuple(
+            replica.load(self.config.max_choices) for replica in self.replicas.values() if replica.state == "ready"
+        )
+
+    def _place(self, job: Job, replica: Replica) -> None:
+        self._num_epochs += 1
+        replica.add(job, self._num_epochs)
+        self._send(replica, job.place())
+        self._emit(Changed(job.request.request_id))
+
+    # Ends
+
+    def _end(self, job: Job, reason: FinishReason, now: float) -> None:
+        """Finish what is still open, wherever the job is."""
+        if job.state == "finished":
+            return
+        request_id = job.request.request_id
+        if job.replica is None:
+            self.queue.remove(job)
+        else:
+            self._send(self.replicas[job.replica], Abort(request_id, job.epoch))
+            self.replicas[job.replica].remove(job)
+        for choice in job.choices:
+            if choice.finish is None:
+                choice.end(reason)
+                self._count_finish(choice)
+        self._retire(job, now)
+
+    def _retire(self, job: Job, now: float) -> None:
+        """All choices have ended: the job stays for reading only."""
+        job.finished_at = now
+        self._gaps.discard(job.request.request_id)
+        self._retained.append(job)
+        self.meters.request_duration_s.observe(now - job.submitted_at)
+        self._emit(Changed(job.request.request_id))
+        self._report_drained()
+
+    def _count_finish(self, choice: Choice) -> None:
+        assert choice.finish is not None
+        self.meters.finished[choice.finish.reason] += 1
+        if choice.num_tokens > 1:
+            seconds = choice.last_token_s - choice.first_token_s
+            self.meters.time_per_output_token_s.observe(seconds / (choice.num_tokens - 1))
+
+    def _report_drained(self) -> None:
+        if self.is_draining and self.num_live == 0:
+            self._emit(Drained())
+
+    # Time
+
+    def _tick(self, now: float) -> None:
+        stall_s = 0.0 if self._last_tick_at is None else now - self._last_tick_at
+        self._last_tick_at = now
+        if stall_s > STALL_S:
+            self._fleet.excuse(stall_s)
+        self._enqueue(self._fleet.lapsed(self.config.lease_s, now))
+        self._close_gaps(now)
+        while self._timers and self._timers[0][0] <= now:
+            job = self.jobs.get(heapq.heappop(self._timers)[1])
+            if job is not None and job.deadline is not None and job.deadline <= now:
+                self._end(job, "deadline", now)
+            elif job is not None and job.cancel_at is not None and job.cancel_at <= now:
+                self._end(job, "cancelled", now)
+        self._forget(now)
+
+    def _close_gaps(self, now: float) -> None:
+        """Rows that wait for one that does not come: ask for the job again, under a new epoch."""
+        for request_id in sorted(self._gaps):
+            job = self.jobs[request_id]
+            if job.replica is None or job.gap_since is None or now - job.gap_since <= self.config.lease_s:
+                continue
+            self.meters.migrations["gap"] += 1
+            self._send(self.replicas[job.replica], Abort(request_id, job.epoch))
+            self.replicas[job.replica].remove(job)
+            self._enqueue([job])
+
+    def _forget(self, now: float) -> None:
+        """Drop finished jobs that are old or too many, but none that is being read."""
+        for _ in range(len(self._retained)):
+            job = self._retained[0]
+            assert job.finished_at is not None
+            if len(self._retained) <= self.config.retain_jobs and now - job.finished_at < self.config.retain_s:
+                return
+            self._retained.popleft()
+            if job.readers:
+                self._retained.append(job)
+            else:
+                del self.jobs[job.request.request_id]
+
+    def _send(self, replica: Replica, frame: Frame) -> None:
+        if replica.link is not None:
+            self._emit(Send(replica.link, frame))
+
+    def _emit(self, effect: Effect) -> None:
+        self._effects.append(effect)

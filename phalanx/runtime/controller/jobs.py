@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 import msgspec
 
 from phalanx.runtime.frames import FinishReason, Place, TokenLogprobs, TokenRow
-from phalanx.runtime.output import ChoiceOutput, Delta
+from phalanx.runtime.output import ChoiceOutput, OutputError
 from phalanx.runtime.sampling_params import SamplingParams
 
 OnDisconnect = Literal["cancel", "cancel_after_grace", "detach"]
@@ -84,7 +84,7 @@ class Finish(NamedTuple):
 Taken = Literal["new", "repeated", "ahead"]
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Choice:
     """One output of a job.
 
@@ -113,7 +113,8 @@ class Choice:
         """Append what is new of a row, then of the held rows that follow it.
 
         Nothing is appended twice, out of order, or after the finish: of a row that repeats known positions only the
-        rest counts, a row from further ahead is held until the positions before it are there.
+        rest counts, a row from further ahead is held until the positions before it are there. A row that no output
+        can hold ends this choice with an error, and nothing else.
         """
         if row.num_cached_tokens >= 0 and self.num_cached_tokens < 0:
             self.num_cached_tokens = row.num_cached_tokens
@@ -128,37 +129,45 @@ class Choice:
         return taken
 
     def _append(self, row: TokenRow, now: float) -> bool:
-        known = self.num_tokens - row.first_position
-        token_ids = row.token_ids[known:]
-        finish = row.finish if known <= len(row.token_ids) else None
+        num_known = self.num_tokens - row.first_position
+        token_ids = row.token_ids[num_known:]
+        finish = row.finish if num_known <= len(row.token_ids) else None
         if not token_ids and finish is None:
             return False
         if token_ids:
-            self.first_token_s = self.first_token_s or now
+            self.first_token_s = self.first_token_s if self.num_tokens else now
             self.last_token_s = now
-        logprobs = None if row.logprobs is None else row.logprobs[known:]
-        self._close(self.output.accept(self.num_tokens, token_ids, logprobs, finish), row.error)
+        try:
+            if token_ids and not 0 <= min(token_ids) <= max(token_ids) < 2**32:
+                raise OutputError(f"token ids {min(token_ids)} to {max(token_ids)} are not unsigned 32-bit")
+            logprobs = None if row.logprobs is None else row.logprobs[num_known:]
+            self.output.append(token_ids, logprobs, finish)
+        except OutputError as error:
+            self.end("error", f"the engine sent a row that cannot be: {error}")
+        else:
+            self._close(row.error)
         return True
 
     def end(self, reason: FinishReason, error: str | None = None) -> None:
         """Finish from outside: the tokens so far stay, withheld text is let go."""
-        self._close(self.output.accept(self.num_tokens, [], None, reason), error)
+        self.output.append((), None, reason)
+        self._close(error)
 
-    def _close(self, delta: Delta, error: str | None) -> None:
-        if delta.finish is None:
+    def _close(self, error: str | None) -> None:
+        if self.output.finish is None:
             return
         self.held.clear()
         self.finish = Finish(
-            delta.finish,
-            delta.stop_match,
-            error if delta.finish == "error" else None,
+            self.output.finish,
+            self.output.stop_match,
+            error if self.output.finish == "error" else None,
             self.num_prompt_tokens,
             max(self.num_cached_tokens, 0),
             self.num_tokens,
         )
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Job:
     """One request and all that became of it.
 
@@ -227,3 +236,15 @@ class Job:
             request.seed,
             request.priority,
         )
+
+    def check(self) -> None:
+        """All invariants of one job, O(choices)."""
+        assert (self.finished_at is not None) == (self.num_open == 0)
+        assert (self.replica is not None) == (self.epoch > 0)
+        assert self.state != "finished" or self.replica is None
+        assert len(self.choices) == self.request.params.n
+        assert self.readers >= 0
+        for choice in self.choices:
+            assert all(first > choice.num_tokens for first in choice.held)
+            assert choice.finish is None or (not choice.held and choice.finish.num_output_tokens == choice.num_tokens)
+        assert (self.gap_since is not None) == any(choice.held for choice in self.choices)

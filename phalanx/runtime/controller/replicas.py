@@ -10,7 +10,7 @@ from phalanx.runtime.policies.least_load import ReplicaLoad
 ReplicaState = Literal["starting", "ready", "lost"]
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Replica:
     """State of one replica.
 
@@ -38,6 +38,11 @@ class Replica:
     num_prompt_tokens: int = 0
     error: str | None = None
     reclaim: str | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of the plan it runs; empty before it has connected."""
+        return "" if self.hello is None else self.hello.fingerprint
 
     def accepts(self, incarnation: int) -> bool:
         """Whether a message of this incarnation counts: it is the live one, exactly."""
@@ -84,15 +89,15 @@ class Replica:
         self.num_choices -= job.num_open
         self.num_prompt_tokens -= job.request.num_prompt_tokens
 
-    def load(self, hello: Hello, max_choices: int) -> ReplicaLoad:
+    def load(self, max_choices: int) -> ReplicaLoad:
         """What the placement policy may know."""
         return ReplicaLoad(
             self.replica,
-            hello.fingerprint,
+            self.fingerprint,
             self.num_choices,
             self.num_prompt_tokens,
             max_choices,
-            hello.max_request_tokens,
+            0 if self.hello is None else self.hello.max_request_tokens,
         )
 
     def check(self) -> None:

@@ -8,6 +8,7 @@ from collections import deque
 import torch
 
 from phalanx.parallel import rendezvous
+from phalanx.runtime.executor.executor import HasFileno
 from phalanx.runtime.plan import Ready, StepPlan, StepResult
 from phalanx.runtime.rank_spec import RankSpec
 from phalanx.runtime.worker import PendingResult, Worker, warm_up
@@ -34,7 +35,7 @@ class InlineExecutor:
         assert result is not None, "a single rank reports"
         self._launched.append(result)
 
-    def poll(self, timeout_s: float) -> list[StepResult]:
+    def poll(self, timeout_s: float, wake: HasFileno | None = None) -> list[StepResult]:
         """The oldest launched step's result."""
         return [self._launched.popleft().wait()] if self._launched else []
 

@@ -6,6 +6,7 @@ from multiprocessing.connection import Connection, wait
 
 from phalanx.errors import ConfigError, ReplicaLostError
 from phalanx.runtime import plan as messages
+from phalanx.runtime.executor.executor import HasFileno
 from phalanx.runtime.plan import RankFailed, Ready, StepPlan, StepResult
 from phalanx.runtime.rank import CONSEQUENCE
 from phalanx.runtime.rank_link import MAX_MESSAGE_BYTES, RankListener
@@ -70,13 +71,14 @@ class LinkExecutor:
             except OSError:
                 self._lose(rank, None)
 
-    def poll(self, timeout_s: float) -> list[StepResult]:
+    def poll(self, timeout_s: float, wake: HasFileno | None = None) -> list[StepResult]:
         """Results that have arrived; see `Executor.poll`."""
         results = []
-        ready = wait(self._connections, timeout_s)
+        ready = wait([*self._connections, *([wake] if wake else [])], timeout_s)
         now = time.monotonic()
         for connection in ready:
-            assert isinstance(connection, Connection)
+            if not isinstance(connection, Connection):
+                continue
             rank = self._rank_of[connection]
             message = self._receive(rank)
             self._heard[rank] = now

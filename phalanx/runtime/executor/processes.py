@@ -6,6 +6,7 @@ import sys
 
 import msgspec
 
+from phalanx.runtime.executor.executor import HasFileno
 from phalanx.runtime.executor.link import LinkExecutor
 from phalanx.runtime.plan import Ready, StepPlan, StepResult
 from phalanx.runtime.rank import Bootstrap
@@ -40,9 +41,9 @@ class ProcessExecutor:
         """Send the step to every rank."""
         self._link.submit(plan)
 
-    def poll(self, timeout_s: float) -> list[StepResult]:
+    def poll(self, timeout_s: float, wake: HasFileno | None = None) -> list[StepResult]:
         """Results that have arrived; see `Executor.poll`."""
-        return self._link.poll(timeout_s)
+        return self._link.poll(timeout_s, wake)
 
     def close(self) -> None:
         """End the ranks and reap them."""

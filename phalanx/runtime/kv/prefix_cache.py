@@ -112,13 +112,13 @@ class PrefixCache:
         return Match(tuple(found), len(found) * self._block_size)
 
     def is_computing(self, table: Table, match: Match) -> bool:
-        """Whether an admitted sequence is about to seal the first block that `match` lacks: waiting may pay."""
-        first_missing = len(match.blocks)
-        return (
-            self.enabled
-            and first_missing < (len(table.tokens) - 1) // self._block_size
-            and table.cursor.hashes[first_missing] in self.computing
-        )
+        """Whether an admitted sequence is about to seal the first block that `match` lacks: waiting may pay.
+
+        False for a table that was never matched: its hashes are unknown.
+        """
+        first_missing, hashes = len(match.blocks), table.cursor.hashes
+        num_useful = min(len(hashes), (len(table.tokens) - 1) // self._block_size)
+        return first_missing < num_useful and hashes[first_missing] in self.computing
 
     def admit(
         self, table: Table, match: Match, num_tokens: int, *, reserve: int = 0, use_watermark: bool = True
@@ -127,7 +127,7 @@ class PrefixCache:
 
         Args:
             table: a table without blocks.
-            match: what `match` has just returned for this table.
+            match: what `match` has just returned for this table; an empty one to compute everything anew.
             num_tokens: tokens to hold after the next step, hits included; at least 1.
             reserve: blocks promised to chunked prefills that are already admitted.
             use_watermark: False lets the last free blocks go, as when nothing else runs.

@@ -47,3 +47,25 @@ def second_free(kv: SimpleNamespace | ModuleType) -> None:
     with pytest.raises(RuntimeError, match="freed before"):
         cache.free(tables[0])
     cache.check([tables[1]])
+
+
+def outdated_match(kv: SimpleNamespace | ModuleType) -> None:
+    """Blocks that were evicted between match and admit belong to somebody else."""
+    cache = kv.prefix_cache.PrefixCache(kv.spec.KVSpec(block_size=2, num_blocks=4, max_model_len=6))
+    first, evicting, again = (
+        kv.prefix_cache.Table(array("I", tokens), bytes(32)) for tokens in ([1, 2, 3], [7, 8, 9, 10, 11], [1, 2, 3])
+    )
+    assert cache.admit(first, cache.match(first), 3)
+    cache.commit(first, 3)
+    cache.free(first)
+    match = cache.match(again)
+    assert cache.admit(evicting, cache.match(evicting), 5)
+    cache.commit(evicting, 5)
+    cache.free(evicting)
+    with pytest.raises(RuntimeError, match="call match again"):
+        cache.admit(again, match, 3)
+
+
+def namespaces(kv: SimpleNamespace | ModuleType) -> None:
+    """Adapter "x" is not salt "x"."""
+    assert kv.hashing.root_hash({"adapter": "x"}) != kv.hashing.root_hash({"salt": "x"})

@@ -68,7 +68,7 @@ class ReferencePool:
 
 
 def compare(kv: SimpleNamespace | ModuleType, seed: int, num_steps: int, num_blocks: int = 12) -> None:
-    """Drive the real pool of `kv` and the reference with the same random calls; after each, everything must be equal."""
+    """Drive the pool of `kv` and the reference with the same random calls; after each, everything must be equal."""
     rng = random.Random(seed)
     real, reference = kv.pool.BlockPool(num_blocks), ReferencePool(num_blocks)
     held: list[int] = []

@@ -1,9 +1,9 @@
 """The KV metadata on a symbolic device: every slot holds a tag that says which token prefix its KV belongs to.
 
-A step writes tags for the tokens it computes and reads every slot its table exposes; one wrong tag shows a wrong hit, an
-early seal, a use after free or a mixed-up table, whatever caused it. Tags are nodes of a trie over (namespace, tokens),
-so they share nothing with the hash chain under test. Launched steps run first in, first out, as on one compute stream;
-those of a sequence that is gone still write, and write rubbish.
+A step writes tags for the tokens it computes and reads every slot its table exposes; one wrong tag shows a wrong hit,
+an early seal, a use after free or a mixed-up table, whatever caused it. Tags are nodes of a trie over (namespace,
+tokens), so they share nothing with the hash chain under test. Launched steps run first in, first out, as on one compute
+stream; those of a sequence that is gone still write, and write rubbish.
 
 `World` plays the scheduler. Its operations take arbitrary integers, so that Hypothesis and a seeded `random.Random`
 can drive it alike; it checks all invariants after each of them.
@@ -79,7 +79,7 @@ class World:
         namespace %= len(self.roots)
         self.waiting.append(Sequence(self.kv.prefix_cache.Table, namespace, self.roots[namespace], text))
 
-    def admit(self, which: int, chunk: int, reserve: int, use_watermark: bool) -> bool:
+    def admit(self, which: int, chunk: int, reserve: int, use_watermark: bool, use_hits: bool = True) -> bool:
         if not self.waiting:
             return False
         sequence = self.waiting[which % len(self.waiting)]
@@ -90,6 +90,8 @@ class World:
         self._read(sequence, [block.id for block in match.blocks], match.num_tokens)
         assert self.cache.is_computing(table, match) == self._is_computing(sequence, len(match.blocks))
         assert self.snapshot() == before, "match or is_computing changed something"
+        if not use_hits:
+            match = self.kv.prefix_cache.Match((), 0)
         num_tokens = min(len(sequence.tokens), match.num_tokens + 1 + chunk)
         floor = reserve + (self.cache.watermark_blocks if use_watermark else 0)
         idle = sum(block.ref == 0 for block in match.blocks)
@@ -301,7 +303,8 @@ def random_operation(world: World, rng: random.Random) -> None:
         case "add" if len(world.waiting) + len(world.running) < MAX_SEQUENCES:
             world.add(rng.randrange(8) // 7, rng.randrange(3), rng.randrange(100), rng.randrange(40))
         case "admit":
-            world.admit(rng.randrange(8), rng.randrange(12), rng.choice((0, 0, 0, 2)), rng.random() < 0.7)
+            reserve, use_watermark, use_hits = rng.choice((0, 0, 0, 2)), rng.random() < 0.7, rng.random() < 0.95
+            world.admit(rng.randrange(8), rng.randrange(12), reserve, use_watermark, use_hits)
         case "launch":
             world.launch(rng.randrange(8), rng.choice((0, 2, 12)), rng.choice((0, 0, 0, 1, 3)))
         case "execute":

@@ -212,6 +212,20 @@ def test_outdated_match_is_an_error() -> None:
     cache.check([])
 
 
+def test_admission_without_a_match_computes_everything_anew() -> None:
+    cache = make()
+    first = run(cache, range(9))
+    fresh, nothing = table(range(9)), Match((), 0)
+    assert not cache.is_computing(fresh, nothing)
+    assert cache.admit(fresh, nothing, 9, use_watermark=False)
+    assert not set(fresh.block_ids) & set(first.block_ids)
+    cache.commit(fresh, 9)  # its blocks are shadows of the first table's
+    cache.check([first, fresh])
+    cache.free(fresh)
+    assert cache.num_free == 7
+    assert num_hits(cache, range(9)) == 8
+
+
 def test_admit_of_an_admitted_table_is_an_error() -> None:
     cache = make()
     running = run(cache, range(5))

@@ -218,7 +218,7 @@ struct Attention {
 
     // Calls body(key, address, count) for every run of keys in [first, last) that lies in one block.
     template <class Body>
-    INLINE void for_runs(const int* table, int head, int first, int last, const Body& body) const {
+    __attribute__((always_inline)) void for_runs(const int* table, int head, int first, int last, const Body& body) const {
         const long head_size = (long)shape.block_size * shape.dim;
         for (int key = first, count; key < last; key += count) {
             const int index = key / shape.block_size, offset = key - index * shape.block_size;

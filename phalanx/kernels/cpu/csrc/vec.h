@@ -18,7 +18,7 @@ struct bf16 {
     uint16_t bits;
 };
 
-INLINE vec broadcast(float x) { return vec{} + x; }
+INLINE vec broadcast(float x) { return vec{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
 INLINE vec select(ivec mask, vec yes, vec no) { return (vec)((mask & (ivec)yes) | (~mask & (ivec)no)); }
 INLINE vec max(vec a, vec b) { return a > b ? a : b; }
 INLINE ivec iota() { return ivec{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}; }

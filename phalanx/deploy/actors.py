@@ -1,0 +1,111 @@
+"""The Ray actors of a replica: one engine, one worker per rank. Ray places and starts them and carries nothing else.
+
+`max_restarts=0`: a restarted actor would reuse its incarnation; the supervisor starts a whole new replica instead.
+"""
+
+import os
+import secrets
+import socket
+import time
+
+import msgspec
+import ray
+
+from phalanx.deploy import plan as plans
+from phalanx.deploy.engine_config import engine_config
+from phalanx.deploy.engine_process import EngineProcess
+from phalanx.parallel import rendezvous
+from phalanx.runtime.engine import Engine
+from phalanx.runtime.executor.link import LinkExecutor
+from phalanx.runtime.frames import VERSION, Hello
+from phalanx.runtime.rank import Bootstrap, serve
+from phalanx.runtime.rank_link import RankListener
+
+
+class EngineOrders(msgspec.Struct, frozen=True, kw_only=True):
+    """What an engine actor is told.
+
+    Attributes:
+        plan: encoded `DeploymentPlan`.
+        controller: address the controller listens on for engines.
+        interface: network interface of collectives; "" = found from the host name.
+    """
+
+    plan: bytes
+    replica: int
+    incarnation: int
+    controller: str
+    interface: str = ""
+
+
+class EngineActor:
+    """Hosts the scheduler, the rank link and the rendezvous of one replica."""
+
+    def __init__(self, orders: EngineOrders, key: bytes) -> None:
+        self._orders = orders
+        self._begun = time.monotonic()
+        host = ray.util.get_node_ip_address()
+        self._listener = RankListener(host, key)
+        self._store, self._store_address = rendezvous.host_store(host)
+
+    def address(self) -> str:
+        """Where the ranks dial."""
+        return self._listener.address
+
+    def run(self) -> str:
+        """Wait for the ranks, then serve; returns the reason of an orderly end, raises the first failure."""
+        plan = plans.decode(self._orders.plan)
+        config = engine_config(plan)
+        executor = LinkExecutor(self._listener, config.rank_specs(self._store_address, self._orders.interface))
+        self._listener.close()
+        slowest = {
+            phase: max(ready.startup_s.get(phase, 0.0) for ready in executor.ready)
+            for phase in executor.ready[0].startup_s
+        }
+        engine = Engine(config, executor)
+        ranks = [
+            f"rank {ready.rank} ({_where(ready.rank, plan)}) node {ready.node} pid {ready.pid} {ready.device}"
+            for ready in executor.ready
+        ]
+        hello = Hello(
+            version=VERSION,
+            replica=self._orders.replica,
+            incarnation=self._orders.incarnation,
+            fingerprint=plan.digest,
+            max_model_len=config.kv.max_model_len,
+            max_request_tokens=engine.limit,
+            num_blocks=config.kv.num_blocks,
+            block_size=config.kv.block_size,
+            dp_size=config.shape.dp,
+            startup_s=slowest | {"ready": time.monotonic() - self._begun},
+            ranks=[f"engine node {socket.gethostname()} pid {os.getpid()}", *ranks],
+        )
+        return EngineProcess(engine, hello, self._orders.controller).run()
+
+
+class WorkerActor:
+    """One rank."""
+
+    def run(self, bootstrap: Bootstrap) -> None:
+        """Dial the engine and execute plans until the link ends."""
+        serve(msgspec.structs.replace(bootstrap, log_path=_log_path()))
+
+    def pid(self) -> int:
+        """Of the process, for fault tests and status."""
+        return os.getpid()
+
+
+def new_key() -> bytes:
+    """A shared secret for one incarnation's rank link."""
+    return secrets.token_bytes(32)
+
+
+def _where(rank: int, plan: plans.DeploymentPlan) -> str:
+    place = plan.parallel.shape.coordinate(rank)
+    return f"pp {place.pp}, dp {place.dp}, tp {place.tp}"
+
+
+def _log_path() -> str:
+    context = ray.get_runtime_context()
+    folder = os.path.join(ray._private.worker._global_node.get_session_dir_path(), "logs")
+    return os.path.join(folder, f"worker-{context.get_worker_id()}-{context.get_job_id()}-{os.getpid()}.err")

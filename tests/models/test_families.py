@@ -1,0 +1,190 @@
+"""Every family against transformers, in fp32, on redrawn tiny checkpoints. Runs in 15 s.
+
+Both sides are off from fp64 by up to 2e-5 on these models (logits of std 2.5), hence the tolerance.
+"""
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+
+from phalanx import plugins
+from phalanx.models.checkpoint import Checkpoint
+from phalanx.models.decoder import Decoder
+from phalanx.models.hf_config import FAMILY
+from phalanx.models.loading import fill, read_config
+from phalanx.models.spec import DecoderConfig, LayerSpec
+from phalanx.parallel.mesh import MeshShape
+from phalanx.parallel.rendezvous import single
+from tests.models import drive
+from tests.support import tiny
+from tests.support.ranks import run_mesh
+
+FAMILIES = tiny.family_names()
+TOLERANCE = 5e-5
+ALONE = single(torch.device("cpu"))
+LAYOUTS = {"tp2": MeshShape(tp=2), "tp4": MeshShape(tp=4), "pp2": MeshShape(pp=2), "pp2tp2": MeshShape(pp=2, tp=2)}
+
+
+def test_all_families_are_found():
+    expected = {"gemma2", "gemma3_text", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3"}
+    assert expected <= set(FAMILIES)
+
+
+@pytest.mark.parametrize("program", drive.PROGRAMS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_equal_transformers(family, program, oracle_of):
+    oracle = oracle_of(family)
+    got = drive.logits_of(ALONE, str(oracle.path), oracle.sequences, program)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, oracle.logits, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.multi
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_do_not_depend_on_the_layout(family, layout, oracle_of):
+    oracle, shape = oracle_of(family), LAYOUTS[layout]
+    results = run_mesh(shape, drive.logits_of, str(oracle.path), oracle.sequences, "chunked")
+    last_stage = results[-shape.tp :]
+    for logits in last_stage:
+        torch.testing.assert_close(logits, oracle.logits, atol=TOLERANCE, rtol=0)
+        assert torch.equal(logits, last_stage[0])
+    assert results[: -shape.tp] == [None] * (shape.world_size - shape.tp)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_tokens_have_a_margin(family, checkpoints):
+    """The end-to-end tests compare 48 greedy tokens: they must not be a matter of rounding, nor all the same."""
+    model = tiny.load_hf(tiny.make_checkpoint(family, checkpoints))
+    tokens, margin = tiny.greedy(model, [5, 17, 99, 3], 48)
+    assert margin > 50 * 2e-5
+    assert len(set(tokens)) > 8
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_both_spellings_give_the_same_config(family, checkpoints):
+    """`TINY` is written as the Hub has it, `save_pretrained` writes transformers 5's names."""
+    module = plugins.load("models", family, FAMILY)
+    saved = read_config(tiny.make_checkpoint(family, checkpoints))
+    assert dataclasses.replace(saved, eos_token_ids=()) == module.decoder_config(module.TINY)
+
+
+# Every feature a family turns on must show in its logits, or the comparison above proves nothing about it.
+ATTENTION = {
+    "scale": lambda spec: spec.scale * 1.5,
+    "window": lambda spec: None,
+    "softcap": lambda spec: None,
+    "qk_norm": lambda spec: "none",
+    "rope": lambda spec: dataclasses.replace(spec.rope, theta=spec.rope.theta * 2),
+}
+NORMS = {name: lambda spec: False for name in ("attn_in", "attn_out", "mlp_in", "mlp_out", "unit_offset")}
+DECODER = {name: lambda config: None for name in ("embed_scale", "logit_softcap")}
+
+
+def _changed(spec: Any, name: str, change: Any) -> Any:
+    return dataclasses.replace(spec, **{name: change(spec)})
+
+
+def _variants(config: DecoderConfig) -> dict[str, DecoderConfig]:
+    """The config with one feature changed in all layers that have it."""
+    variants = {name: _changed(config, name, change) for name, change in DECODER.items()}
+
+    def in_layers(change: Any) -> DecoderConfig:
+        return dataclasses.replace(config, layers=tuple(change(layer) for layer in config.layers))
+
+    def attention(name: str) -> Any:
+        return lambda layer: dataclasses.replace(layer, attention=_changed(layer.attention, name, ATTENTION[name]))
+
+    def norms(name: str) -> Any:
+        return lambda layer: dataclasses.replace(layer, norms=_changed(layer.norms, name, NORMS[name]))
+
+    def scaling(layer: LayerSpec) -> LayerSpec:
+        rope = dataclasses.replace(layer.attention.rope, scaling="default")
+        return dataclasses.replace(layer, attention=dataclasses.replace(layer.attention, rope=rope))
+
+    variants |= {name: in_layers(attention(name)) for name in ATTENTION}
+    variants |= {name: in_layers(norms(name)) for name in NORMS}
+    variants["rope scaling"] = in_layers(scaling)
+    return {name: variant for name, variant in variants.items() if variant != config}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_feature_shows(family, oracle_of):
+    oracle = oracle_of(family)
+    variants = _variants(read_config(oracle.path))
+    assert len(variants) >= 3
+    for name, config in variants.items():
+        decoder = _partly_filled(config, oracle.path, family)
+        driver = drive.Driver(decoder, ALONE, oracle.sequences)
+        difference = (drive.whole(driver, len(oracle.sequences[0])) - oracle.logits).abs().max()
+        assert not difference < 20 * TOLERANCE, f"{family}: {name} does not show ({difference})"
+
+
+def _partly_filled(config: DecoderConfig, path: Any, family: str) -> Decoder:
+    """A decoder with the checkpoint's weights as far as they have a place in it."""
+    decoder = Decoder(
+        config,
+        ALONE,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        layer_range=(0, len(config.layers)),
+        max_model_len=64,
+    )
+    module, parameters = plugins.load("models", family, FAMILY), decoder.parameters()
+
+    class Names:
+        @staticmethod
+        def locate(key: str) -> Any:
+            target = module.locate(key)
+            return target if target is not None and target.name in parameters else None
+
+    with Checkpoint(path) as checkpoint:
+        fill(decoder, checkpoint, Names)
+    decoder.finalize()
+    return decoder
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_empty_steps_and_no_samples(family, oracle_of):
+    oracle = oracle_of(family)
+    driver = drive.Driver(drive.load_stage(str(oracle.path), ALONE), ALONE, oracle.sequences)
+    untouched = driver.kv.clone()
+    assert driver.step([], "none").shape == (0, oracle.logits.shape[-1])
+    assert torch.equal(driver.kv.nan_to_num(), untouched.nan_to_num())
+    assert driver.step([(0, 0, 9), (1, 0, 5)], "none").shape == (0, oracle.logits.shape[-1])
+    last = driver.step([(0, 9, 1), (1, 5, 3)], "last")
+    expected = torch.stack([oracle.logits[0, 9], oracle.logits[1, 7]])
+    torch.testing.assert_close(last, expected, atol=TOLERANCE, rtol=0)
+
+
+def test_padding_rows_write_nothing(oracle_of):
+    """A row with slot -1 past the last sequence changes neither the pool nor the other rows."""
+    oracle = oracle_of("llama")
+    driver = drive.Driver(drive.load_stage(str(oracle.path), ALONE), ALONE, oracle.sequences)
+    batch = driver.batch([(0, 0, 6)])
+    pad = torch.zeros(2, dtype=torch.int32)
+    padded = dataclasses.replace(
+        batch,
+        token_ids=torch.cat([batch.token_ids, pad]),
+        positions=torch.cat([batch.positions, pad]),
+        slot_mapping=torch.cat([batch.slot_mapping, torch.full((2,), -1)]),
+        num_tokens=8,
+    )
+    with torch.inference_mode():
+        logits = driver._decoder.forward(padded, driver.kv, None)
+    torch.testing.assert_close(logits, oracle.logits[0, :6], atol=TOLERANCE, rtol=0)
+    written = (~driver.kv.isnan()).flatten(1).any(dim=1)
+    assert set(written.nonzero().flatten().tolist()) == set(driver._tables[0, :2].tolist())
+
+
+def test_bfloat16_is_close(oracle_of):
+    """bf16 weights and activations: the error is that of the format, and the best ids mostly agree."""
+    oracle = oracle_of("qwen3")
+    decoder = drive.load_stage(str(oracle.path), ALONE, dtype=torch.bfloat16)
+    driver = drive.Driver(decoder, ALONE, oracle.sequences, dtype=torch.bfloat16)
+    got = drive.whole(driver, len(oracle.sequences[0]))
+    assert got.dtype == torch.float32
+    assert (got - oracle.logits).std() < 0.05 * oracle.logits.std()
+    assert (got.argmax(-1) == oracle.logits.argmax(-1)).float().mean() > 0.85
