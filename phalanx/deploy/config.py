@@ -145,7 +145,7 @@ class ServerConfig:
     engine_listen: Annotated[str, address()] = "127.0.0.1:0"
     drain: Annotated[float, duration()] = 60.0
     detach_grace: Annotated[float, duration()] = 10.0
-    max_message: Annotated[int, size()] = 64 * 2**20
+    max_message: Annotated[int, size()] = 16 * 2**20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -288,7 +288,7 @@ def _quantity(text: str, units: dict[str, float]) -> float:
     """A non-negative number with one of `units`; a bare 0 needs none."""
     match = re.fullmatch(r"((?:0|[1-9][0-9]{0,15})(?:\.[0-9]{1,6})?)([A-Za-z]+)", text)
     if text == "0":
-        return 0
+        return 0.0
     if match is None or match[2] not in units:
         raise ValueError
     return float(match[1]) * units[match[2]]

@@ -69,10 +69,11 @@ def _duration(seconds: float) -> str:
 
 def _rank_table(ranks: tuple[RankPlan, ...]) -> Table:
     table = Table(box=None, pad_edge=False)
-    for heading in ("replica", "rank", "pp", "dp", "tp", "node", "slot", "layers"):
-        table.add_column(heading, justify="left" if heading == "node" else "right", overflow="fold")
-    for heading in ("weights", "workspace", "KV", "of"):
-        table.add_column(heading, justify="right")
+    for heading in ("replica", "rank", "pp", "dp", "tp", "node", "slot", "layers", "weights", "workspace", "KV", "of"):
+        if heading == "node":
+            table.add_column(heading, overflow="fold")
+        else:
+            table.add_column(heading, justify="right", no_wrap=True)
     for rank in ranks:
         where = (rank.replica, rank.rank, rank.pp, rank.dp, rank.tp, rank.node, rank.slot)
         layers = f"{rank.first_layer}-{rank.end_layer - 1}"

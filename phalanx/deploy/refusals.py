@@ -82,7 +82,7 @@ def seat_problems(config: ClusterConfig, hardware: Hardware, room: Room) -> Iter
     """What the nodes cannot hold; a tensor group must sit on one of them."""
     tensor, pipeline, data = config.parallel.tensor, config.parallel.pipeline, config.parallel.data
     num_groups = config.replicas * pipeline * data
-    each = f"{tensor} ranks with {room.per_rank} {room.unit} each"
+    each = f"{tensor} ranks ({tensor * room.per_rank} {room.unit})"
     if not any(room.groups):
         best = max(room.units, default=0)
         yield (

@@ -1,6 +1,5 @@
 """One incarnation of a replica on Ray: a placement group, an engine actor, a worker actor per rank."""
 
-import threading
 from typing import Any
 
 import ray
@@ -35,7 +34,7 @@ class Replica:
         self._worker_runs: list[Any] = []
         self._actors: list[Any] = []
 
-    def start(self, stop: threading.Event) -> None:
+    def start(self) -> None:
         """Take the resources and start all actors; the ranks then load on their own.
 
         Raises:

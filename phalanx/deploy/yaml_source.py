@@ -98,6 +98,10 @@ def read_tree(text: str, complaints: list[Complaint]) -> Node | None:
         before = text[: error.position]
         mark = Mark(before.count("\n") + 1, error.position - before.rfind("\n"))
         complaints.append(Complaint(mark, f"not YAML: the character U+{error.character:04X} is not allowed"))
+    except (ValueError, OverflowError):  # PyYAML converts the digits of escapes and of %YAML without a check
+        complaints.append(
+            Complaint(builder.last_mark, "not YAML: an escape or directive after this holds too big a number")
+        )
     return builder.root
 
 
@@ -125,13 +129,14 @@ class _Builder:
 
     def __init__(self, complaints: list[Complaint]) -> None:
         self.root: Node | None = None
+        self.last_mark = Mark(1, 1)
         self._complaints = complaints
         self._open: list[_Open] = []
         self._num_documents = 0
 
     def feed(self, event: yaml.Event) -> bool:
         """Take one event; False = stop reading."""
-        mark = _mark(event.start_mark)
+        mark = self.last_mark = _mark(event.start_mark)
         if isinstance(event, yaml.DocumentStartEvent):
             self._num_documents += 1
             if self._num_documents > 1:

@@ -159,6 +159,8 @@ class Decoder:
         if self.head is not None and self.norm is not None:
             parameters["norm.weight"] = self.norm.weight
             parameters |= {f"head.{name}": parameter for name, parameter in self.head.parameters().items()}
+            if self.config.tied_head and self.head.weight is not None:
+                parameters["embedding.weight"] = self.head.weight
         for index, layer in enumerate(self.layers, self.layer_range[0]):
             parameters |= {f"layers.{index}.{name}": parameter for name, parameter in layer.parameters().items()}
         return parameters

@@ -1,4 +1,4 @@
-"""OLMo 2: transformers `Olmo2ForCausalLM`. Llama with norms after the blocks only, and over the full width of q and k."""
+"""OLMo 2: transformers `Olmo2ForCausalLM`. Llama with norms after the blocks only, and over all of q and of k."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -83,6 +83,9 @@ class Mesh:
         return self.coordinate.pp == self.shape.pp - 1
 
     def close(self) -> None:
-        """Leave the process groups; the mesh must not be used afterwards."""
+        """Leave the process groups, at once; the mesh must not be used afterwards.
+
+        Nothing is waited for, so that a rank can leave a broken mesh; `Pipeline.flush` comes first at an orderly end.
+        """
         if self.shutdown is not None:
             self.shutdown()

@@ -72,12 +72,11 @@ class Parameter:
         """
         segment = self.segments[name]
         place = self.tensor.narrow(segment.dim, segment.offset, segment.part.size)
-        value = value.to(place.device, place.dtype)
-        if self._unit_offset:
-            value = value + 1
         if name in self._filled:
-            return torch.equal(place, value)
+            return torch.equal(place, value.to(place.device, place.dtype) + int(self._unit_offset))
         place.copy_(value)
+        if self._unit_offset:
+            place += 1
         self._filled.add(name)
         return True
 

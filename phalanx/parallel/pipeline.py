@@ -110,6 +110,12 @@ class Pipeline:
         work = dist.irecv(ids, group=self._token_lane, group_src=self._last) if num_tokens else None
         return PendingTokens(ids, work)
 
+    def flush(self) -> None:
+        """Wait until all that was sent has left: before an orderly `Mesh.close`, or the neighbour may miss the end."""
+        for unfinished in (self._hidden_sends, self._token_sends):
+            while unfinished:
+                unfinished.popleft()[0].wait()
+
     def _send(
         self, x: Tensor, lane: dist.ProcessGroup, to_stage: int, unfinished: deque[tuple[dist.Work, Tensor]]
     ) -> None:

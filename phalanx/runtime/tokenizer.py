@@ -42,14 +42,12 @@ class Tokenizer:
         special_tokens = _special_tokens(config)
         bos_token_ids = self._ids_of(special_tokens.get("bos_token"))
         self.eos_token_ids = self._ids_of(special_tokens.get("eos_token"))
-        # As in transformers: where either key is present, both replace the post-processor of tokenizer.json.
-        self._has_own_ends = "add_bos_token" in config or "add_eos_token" in config
-        self._prefix = list(bos_token_ids) if config.get("add_bos_token") else []
-        self._suffix = list(self.eos_token_ids) if config.get("add_eos_token") else []
+        # tokenizer.json adds its own ends, or leaves them to these keys, as DeepSeek does; a false key takes none away.
+        own_ends = self._backend.encode("", add_special_tokens=True).ids
+        self._prefix = [i for i in bos_token_ids if config.get("add_bos_token") and i not in own_ends]
+        self._suffix = [i for i in self.eos_token_ids if config.get("add_eos_token") and i not in own_ends]
         self.chat_template = None if chat_template is None else ChatTemplate(chat_template, special_tokens)
-        self.fingerprint = _fingerprint(
-            definition, chat_template, special_tokens, self._has_own_ends, self._prefix, self._suffix
-        )
+        self.fingerprint = _fingerprint(definition, chat_template, special_tokens, self._prefix, self._suffix)
         decoder = self._backend.decoder
         rule = decode_rule(None if decoder is None else json.loads(decoder.__getstate__()))
         added = self._backend.get_added_tokens_decoder().values()
@@ -89,9 +87,8 @@ class Tokenizer:
             raise InvalidRequestError(
                 f"text[{error.start}] ({text[error.start]!a}) is a lone surrogate; send valid Unicode"
             ) from error
-        if add_special_tokens and self._has_own_ends:
-            return self._prefix + list(self._backend.encode(text, add_special_tokens=False).ids) + self._suffix
-        return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
+        token_ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        return [*self._prefix, *token_ids, *self._suffix] if add_special_tokens else token_ids
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Ids of a conversation up to where the assistant speaks next; see `ChatTemplate.render` for the form.

@@ -13,7 +13,7 @@ from phalanx import plugins
 from phalanx.models.checkpoint import Checkpoint
 from phalanx.models.decoder import Decoder
 from phalanx.models.hf_config import FAMILY
-from phalanx.models.loading import fill, read_config
+from phalanx.models.loading import fill, read_config, resolve_path
 from phalanx.models.spec import DecoderConfig, LayerSpec
 from phalanx.parallel.mesh import MeshShape
 from phalanx.parallel.rendezvous import single
@@ -177,6 +177,14 @@ def test_padding_rows_write_nothing(oracle_of):
     torch.testing.assert_close(logits, oracle.logits[0, :6], atol=TOLERANCE, rtol=0)
     written = (~driver.kv.isnan()).flatten(1).any(dim=1)
     assert set(written.nonzero().flatten().tolist()) == set(driver._tables[0, :2].tolist())
+
+
+def test_the_packaged_model_loads():
+    path = resolve_path("tiny")
+    ids = torch.randint(0, 4096, (2, 24), generator=torch.Generator().manual_seed(1)).tolist()
+    model = tiny.load_hf(path)
+    expected = torch.stack([tiny.hf_logits(model, row) for row in ids])
+    torch.testing.assert_close(drive.logits_of(ALONE, "tiny", ids, "chunked"), expected, atol=TOLERANCE, rtol=0)
 
 
 def test_bfloat16_is_close(oracle_of):

@@ -28,7 +28,8 @@ TALK = [
 TEMPLATES = {
     "chatml": CHATML,
     "json, special tokens, namespace": (
-        "{{ bos_token }}{% set ns = namespace(count=0) %}{% for m in messages %}\n  {%- set ns.count = ns.count + 1 %}\n"
+        "{{ bos_token }}{% set ns = namespace(count=0) %}{% for m in messages %}\n"
+        "  {%- set ns.count = ns.count + 1 %}\n"
         "{{ ns.count }}:{{ m | tojson }}{{ m['content'] | trim | tojson(indent=2) }}{{ eos_token }}\n    {% endfor %}\n"
     ),
     "loop controls, generation, absent tools": (
@@ -62,9 +63,9 @@ def test_a_folder_without_tokenizer(tmp_path: Path) -> None:
     assert encode_prompt(None, [1, 5, 9]) == [1, 5, 9]
 
 
-@pytest.mark.parametrize("ends", [{}, {"add_bos_token": True}, {"add_bos_token": False}, {"add_eos_token": True}])
+@pytest.mark.parametrize("ends", [{}, {"add_bos_token": True}, {"add_bos_token": False, "add_eos_token": False}])
 def test_encode_equals_transformers(tmp_path: Path, ends: dict[str, bool]) -> None:
-    # The class transformers gives such folders; Llama 2's own class builds its tokenizer anew.
+    # The class that takes tokenizer.json as it is; Llama 2's own class builds its tokenizer anew.
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>", **ends}
     folder = write(tmp_path, byte_fallback(), config)
     ours, oracle = tokenizer(folder), transformers_tokenizer(folder)
@@ -74,6 +75,16 @@ def test_encode_equals_transformers(tmp_path: Path, ends: dict[str, bool]) -> No
         ids = ours.encode(text)
         for skip in (True, False):
             assert ours.decode(ids, skip) == oracle.decode(ids, skip_special_tokens=skip)
+
+
+def test_ends_that_tokenizer_json_leaves_to_the_config(tmp_path: Path) -> None:
+    # As DeepSeek-V3 ships it; transformers 4 adds the token for its class, 5 forgets it.
+    bos, eos = (byte_level().token_to_id(token) for token in ("<|im_start|>", "<|im_end|>"))
+    plain = byte_level().encode("the").ids
+    for key, expected in (("add_bos_token", [bos, *plain]), ("add_eos_token", [*plain, eos]), ("add_x", plain)):
+        ours = tokenizer(write(tmp_path / key, byte_level(), CONFIG | {key: True}))
+        assert ours.encode("the") == expected
+        assert ours.encode("the", add_special_tokens=False) == plain
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -119,7 +130,7 @@ def test_training_settings_do_not_cut_or_pad(tmp_path: Path) -> None:
 
 
 @settings(deadline=None, derandomize=True, max_examples=200)
-@given(text=st.text(st.characters(exclude_categories=["Cs"])))
+@given(text=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="é")))  # é: an added token, see KINDS
 def test_byte_level_round_trip(text: str) -> None:
     ours = Tokenizer(byte_level().to_str().encode(), CONFIG, None)
     assert ours.decode(ours.encode(text), skip_special_tokens=False) == text
@@ -136,7 +147,7 @@ def test_lone_surrogates_and_length(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("prompt", ["", None, 5, {"role": "user"}])
 def test_prompts_that_are_none(tmp_path: Path, prompt: Any) -> None:
-    with pytest.raises(InvalidRequestError, match="makes no tokens|must be a text"):
+    with pytest.raises(InvalidRequestError, match=r"makes no tokens|must be a text"):
         encode_prompt(tokenizer(write(tmp_path, byte_level(), CONFIG)), prompt)
 
 
@@ -169,11 +180,10 @@ def test_messages_of_another_form(messages: Any, message: str) -> None:
         ("{{ 1 / 0 }}", "division"),
         ("{{ nothing.at.all }}", "is undefined"),
         ("{% include 'x' %}", "refuses"),
-        ("{{ ''.__class__.__mro__ }}", "unsafe|undefined"),
+        ("{{ ''.__class__.__mro__ }}", "unsafe"),
         ("{{ messages.append(1) }}", "unsafe"),
         ("{{ messages[0].update(a=1) }}", "unsafe"),
-        ("{{ '{0.__class__}'.format(messages) }}", "unsafe|refuses"),
-        ("{{ raise_exception.__globals__ }}", "unsafe|undefined"),
+        ("{{ raise_exception.__globals__['json'] }}", "unsafe"),
         ("{% for i in range(1000000000) %}a{% endfor %}", "Range too big"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
         ("{{ lipsum(n=1000000) }}", "undefined"),
@@ -183,6 +193,11 @@ def test_messages_of_another_form(messages: Any, message: str) -> None:
 def test_hostile_and_broken_templates(source: str, message: str) -> None:
     with pytest.raises(InvalidRequestError, match=message):
         ChatTemplate(source, {}).render(TALK)
+
+
+def test_objects_of_python_show_nothing() -> None:
+    for source in ("{{ ''.__class__ }}", "{{ '{0.__class__}'.format(messages) }}", "{{ strftime_now.__globals__ }}"):
+        assert ChatTemplate(source, {}).render(TALK) == ""
 
 
 def test_time_bound(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -252,3 +267,9 @@ def test_fingerprint_follows_what_decides_ids(tmp_path: Path) -> None:
     assert len(set(prints)) == len(folders)
     same = write(tmp_path / "same", byte_level(), CONFIG | {"model_max_length": 7}, CHATML)
     assert tokenizer(same).fingerprint == prints[0]
+
+
+def test_a_chat_gets_no_ends_but_the_templates(tmp_path: Path) -> None:
+    ours = tokenizer(write(tmp_path, byte_fallback(), {"bos_token": "<s>"}, "{{ bos_token }}the stop"))
+    assert ours.encode_chat(TALK) == byte_fallback().encode("<s>the stop", add_special_tokens=False).ids
+    assert ours.encode_chat(TALK).count(1) == 1

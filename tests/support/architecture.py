@@ -48,6 +48,7 @@ IO_MODULES += ("tokenizers", "jinja2", "prometheus_client")
 
 BROAD_EXCEPT = {
     "runtime/rank.py": "outermost frame of a rank process: prints whatever ended the step loop and exits 1",
+    "deploy/server/boundary.py": "gRPC boundary: an error of ours becomes INTERNAL with an incident id, never its repr",
 }
 """Files with a handler that swallows any exception, and why. One that cleans up and raises again is no such handler."""
 

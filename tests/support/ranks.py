@@ -4,6 +4,7 @@ The function must be importable (module level) and its module cheap to import. R
 plain fork after a TCPStore server exists can hang.
 """
 
+import contextlib
 import multiprocessing
 import time
 import traceback
@@ -86,7 +87,9 @@ def _child(pipe: Connection, rank: int, function: Callable[..., Any], args: tupl
     try:
         pipe.send((True, _plain(function(rank, *args))))
     except BaseException:
-        pipe.send((False, traceback.format_exc()))
+        # The parent may have given up on all ranks already, because of another one.
+        with contextlib.suppress(BrokenPipeError):
+            pipe.send((False, traceback.format_exc()))
     pipe.close()
 
 
@@ -95,7 +98,10 @@ def _on_mesh(
 ) -> Any:
     mesh: Mesh = join(shape, rank, address, device=torch.device("cpu"), timeout_s=timeout_s, interface="lo")
     try:
-        return function(mesh, *args)
+        result = function(mesh, *args)
+        if mesh.pipeline is not None:
+            mesh.pipeline.flush()
+        return result
     finally:
         mesh.close()
 

@@ -17,11 +17,22 @@ from typing import NamedTuple
 
 import torch
 
+from phalanx import log
+
 SOURCES = Path(__file__).parent / "csrc"
 CACHE = Path.home() / ".cache" / "phalanx" / "kernels"
 COMPILER = "g++"
 FLAGS = (
-    *("-std=c++17", "-O3", "-march=native", "-mprefer-vector-width=512", "-fopenmp", "-shared", "-fPIC", "-fvisibility=hidden"),
+    *(
+        "-std=c++17",
+        "-O3",
+        "-march=native",
+        "-mprefer-vector-width=512",
+        "-fopenmp",
+        "-shared",
+        "-fPIC",
+        "-fvisibility=hidden",
+    ),
     *("-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"),  # neither changes a value
 )
 SUFFIX = {torch.float32: "fp32", torch.bfloat16: "bf16"}
@@ -56,13 +67,19 @@ def load() -> Library:
     """Build if this machine has not built these sources yet, and load; once per process."""
     compiler = shutil.which(COMPILER)
     if compiler is None:
-        return Library(None, f"no C++ compiler: {COMPILER} is not on the path")
+        return _none(f"no C++ compiler: {COMPILER} is not on the path")
     try:
         return Library(ctypes.CDLL(str(build(compiler, CACHE))), "")
     except subprocess.CalledProcessError as error:
-        return Library(None, f"{COMPILER} failed: {error.stderr.strip().splitlines()[:1]}")
+        lines = [line for line in error.stderr.splitlines() if "error" in line]
+        return _none(f"{COMPILER} failed: {(lines or ['no message'])[0]}")
     except OSError as error:
-        return Library(None, f"the C++ library cannot be built or loaded: {error}")
+        return _none(f"the C++ library cannot be built or loaded: {error}")
+
+
+def _none(reason: str) -> Library:
+    log.get("kernels").warning("C++ kernels unavailable", extra=log.fields(reason=reason))
+    return Library(None, reason)
 
 
 def build(compiler: str, folder: Path) -> Path:
@@ -92,9 +109,9 @@ def _digest(compiler: str) -> str:
     version = subprocess.run([compiler, "--version"], check=True, capture_output=True).stdout
     digest = hashlib.sha256(version + " ".join(FLAGS).encode())
     cpu = Path("/proc/cpuinfo")
-    if cpu.exists():
-        lines = cpu.read_text().splitlines()
-        digest.update("".join(next((line for line in lines if line.startswith(key)), "") for key in ("model", "flags")).encode())
+    lines = cpu.read_text().splitlines() if cpu.exists() else []
+    for key in ("model", "flags", "Features"):
+        digest.update(next((line for line in lines if line.startswith(key)), "").encode())
     for source in sorted(SOURCES.iterdir()):
         digest.update(source.read_bytes())
     return digest.hexdigest()[:24]

@@ -189,10 +189,9 @@ class Core:
     # Clients
 
     def _submit(self, request: JobRequest, now: float) -> None:
-        digest = request.body_digest()
         known = self.jobs.get(request.request_id)
         if known is not None:
-            if known.digest != digest:
+            if known.request.digest != request.digest:
                 self.meters.rejected["duplicate"] += 1
                 raise DuplicateRequestError(
                     f"request {request.request_id!r} exists with another prompt, parameters or priority; "
@@ -210,7 +209,7 @@ class Core:
         self._num_orders += 1
         choices = [Choice(request.num_prompt_tokens, output) for output in self._new_outputs(request.params)]
         deadline = None if request.deadline_s is None else now + request.deadline_s
-        job = Job(request, digest, choices, self._num_orders, now, deadline)
+        job = Job(request, choices, self._num_orders, now, deadline)
         self.jobs[request.request_id] = job
         self.meters.prompt_tokens += request.num_prompt_tokens
         if deadline is not None:

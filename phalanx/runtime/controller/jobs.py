@@ -23,8 +23,9 @@ class JobRequest(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         request_id: chosen by the client; the key of an idempotent submit.
+        digest: `body_digest` of what the client asked for, before anything was filled in.
         prompt_token_ids: u32 little-endian, packed.
-        params: as validated; `max_tokens` is set, `seed` stays None if the client gave none.
+        params: as validated; `max_tokens` is set.
         seed: always set, so that every job can be resumed exactly.
         priority: smaller runs first.
         deadline_s: seconds after arrival at which the job ends wherever it is; None = never.
@@ -32,6 +33,7 @@ class JobRequest(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     request_id: str
+    digest: bytes
     prompt_token_ids: bytes
     params: SamplingParams
     seed: int
@@ -44,14 +46,14 @@ class JobRequest(msgspec.Struct, frozen=True, kw_only=True):
         """Length of the prompt, tokens."""
         return len(self.prompt_token_ids) // 4
 
-    def body_digest(self) -> bytes:
-        """What makes two submits of one id the same: prompt, parameters, priority.
 
-        The drawn seed, the deadline and `on_disconnect` belong to the call: a client that tries again has less time
-        left. Hashed from canonical msgpack, because the encoding of a protobuf message is not unique.
-        """
-        body = _canonical.encode([self.prompt_token_ids, self.params, self.priority])
-        return hashlib.blake2b(body, digest_size=16).digest()
+def body_digest(prompt_token_ids: bytes, params: SamplingParams, priority: int) -> bytes:
+    """What makes two submits of one id the same.
+
+    A drawn seed, the deadline and `on_disconnect` belong to the call: a client that tries again has less time left.
+    Hashed from canonical msgpack, because the encoding of a protobuf message is not unique.
+    """
+    return hashlib.blake2b(_canonical.encode([prompt_token_ids, params, priority]), digest_size=16).digest()
 
 
 def pack_ids(token_ids: Sequence[int]) -> bytes:
@@ -90,7 +92,7 @@ class Choice:
 
     Attributes:
         output: token ids, text and logprobs; decides stop strings when a token is appended.
-        held: rows that came ahead of their turn, by first position.
+        held: rows that came ahead of their turn.
         num_cached_tokens: -1 until an engine has said.
         first_token_s, last_token_s: monotonic.
     """
@@ -98,7 +100,7 @@ class Choice:
     num_prompt_tokens: int
     output: ChoiceOutput
     finish: Finish | None = None
-    held: dict[int, TokenRow] = field(default_factory=dict)
+    held: list[TokenRow] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs] | None = None
     num_cached_tokens: int = -1
     first_token_s: float = 0.0
@@ -121,11 +123,12 @@ class Choice:
         if row.prompt_logprobs is not None and self.prompt_logprobs is None:
             self.prompt_logprobs = row.prompt_logprobs
         if row.first_position > self.num_tokens:
-            self.held.setdefault(row.first_position, row)
+            self.held.append(row)
             return "ahead"
         taken: Taken = "new" if self._append(row, now) else "repeated"
-        while self.finish is None and self.held and min(self.held) <= self.num_tokens:
-            self._append(self.held.pop(min(self.held)), now)
+        while (turn := next((row for row in self.held if row.first_position <= self.num_tokens), None)) is not None:
+            self.held.remove(turn)
+            self._append(turn, now)
         return taken
 
     def _append(self, row: TokenRow, now: float) -> bool:
@@ -185,7 +188,6 @@ class Job:
     """
 
     request: JobRequest
-    digest: bytes
     choices: list[Choice]
     order: int
     submitted_at: float
@@ -245,6 +247,6 @@ class Job:
         assert len(self.choices) == self.request.params.n
         assert self.readers >= 0
         for choice in self.choices:
-            assert all(first > choice.num_tokens for first in choice.held)
+            assert all(row.first_position > choice.num_tokens for row in choice.held)
             assert choice.finish is None or (not choice.held and choice.finish.num_output_tokens == choice.num_tokens)
         assert (self.gap_since is not None) == any(choice.held for choice in self.choices)

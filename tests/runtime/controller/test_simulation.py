@@ -56,7 +56,7 @@ MUTANTS: dict[str, tuple[type, str, str, str]] = {
     "no incarnation check": (Replica, "accepts", "incarnation == self.incarnation", "True"),
     "repeated positions appended": (Choice, "_append", "num_known = self.num_tokens - row.first_position", "num_known = 0"),
     "rows ahead appended": (Choice, "take", "row.first_position > self.num_tokens", "False"),
-    "rows ahead dropped": (Choice, "take", "self.held.setdefault(row.first_position, row)", "pass"),
+    "rows ahead dropped": (Choice, "take", "self.held.append(row)", "pass"),
     "held rows survive a move": (Job, "unplace", "choice.held.clear()", "pass"),
     "old incarnation may connect": (Fleet, "hello", "hello.incarnation < replica.incarnation", "False"),
     "incarnation used twice": (Fleet, "hello", "replica.hello is not None", "False"),

@@ -15,7 +15,7 @@ from itertools import count
 from phalanx.errors import DuplicateRequestError, UnknownRequestError
 from phalanx.runtime.controller import events as ev
 from phalanx.runtime.controller.core import Core, CoreConfig
-from phalanx.runtime.controller.jobs import Job, JobRequest, pack_ids, unpack_ids
+from phalanx.runtime.controller.jobs import Job, JobRequest, body_digest, pack_ids, unpack_ids
 from phalanx.runtime.detokenize import BYTE_ALPHABET, DecodeRule, PieceTable
 from phalanx.runtime.frames import VERSION, Abort, Heartbeat, Hello, Place, Shutdown, TokenEvents, TokenRow
 from phalanx.runtime.output import choice_outputs
@@ -122,7 +122,7 @@ class World:
         self._serial = count()
         self._links = count(1)
         self.core = Core(
-            CoreConfig(max_queue=10_000, max_choices=24, retain_s=3.0, retain_jobs=6, detach_grace_s=0.3),
+            CoreConfig(max_queue=10_000, max_choices=24, retain_s=0.15, retain_jobs=3, detach_grace_s=0.3),
             partial(choice_outputs, ByteTokenizer()),
         )
         self.engines: dict[int, Engine] = {}  # by link
@@ -170,7 +170,7 @@ class World:
                 # Controller to engine: in order, one delay per link.
                 self.at(self.now + 0.001 + link % 5 / 1000, partial(self.deliver, link, frame))
             case ev.Close(link):
-                self.after(0.01, 0.02, partial(self.end_link, link))
+                self.after(0.01, 1.0, partial(self.end_link, link))
             case ev.Reclaim(replica, incarnation, cause):
                 assert (replica, incarnation) in self.harmed, f"healthy incarnation {incarnation} fenced: {cause}"
                 self.after(0.1, 2.0, partial(self.restart, replica, incarnation))
@@ -241,7 +241,9 @@ class World:
             size = min(self.rng.choice((0, 1, 1, 1, 2, 4)), row.max_tokens - row.position)
             ids = [token(row.seed, choice, row.position + i) for i in range(size)]
             is_last = row.position + size == row.max_tokens
-            rows.append(TokenRow(job, row.epoch, choice, row.position, ids, finish="length" if is_last else None))
+            if size or self.faults:
+                finish = "length" if is_last else None
+                rows.append(TokenRow(job, row.epoch, choice, row.position, ids, finish=finish))
             row.position += size
             if is_last:
                 del engine.rows[job, choice]
@@ -273,9 +275,11 @@ class World:
         rng = self.rng
         stop = rng.sample(("ab", "a a", "baa", "\u00e9", "bb "), rng.choice((0, 0, 1, 2)))
         params = SamplingParams(n=rng.choice((1, 1, 2, 3)), max_tokens=rng.randint(1, 120), stop=tuple(stop))
+        prompt = pack_ids([rng.randint(0, 255)])
         request = JobRequest(
             request_id=request_id,
-            prompt_token_ids=pack_ids([rng.randint(0, 255)]),
+            digest=body_digest(prompt, params, 0),
+            prompt_token_ids=prompt,
             params=params,
             seed=rng.getrandbits(64),
             priority=rng.choice((0, 0, 1)),
@@ -339,7 +343,7 @@ class World:
             case "hang":
                 # A zombie: frozen past its lease, then it goes on with all it had.
                 self.harmed.add(who)
-                engine.hung_until = self.now + self.rng.uniform(2.3, 4)
+                engine.hung_until = self.now + self.rng.choice((2.3, 4.0, 1e6))
             case "mute":
                 self.harmed.add(who)
                 engine.mute_until = self.now + self.rng.uniform(2.3, 4)
@@ -347,8 +351,9 @@ class World:
                 self.harmed.add(who)
                 self.end_link(engine.link)
             case "blink":
-                # Short of the lease: nothing may come of it.
-                engine.hung_until = self.now + self.rng.uniform(0.1, 1.2)
+                # Short of the lease, with a heartbeat between two of them: nothing may come of it.
+                if self.now > engine.hung_until + 2 * HEARTBEAT_S:
+                    engine.hung_until = self.now + self.rng.uniform(0.1, 1.2)
             case "replace":
                 # Back faster than anybody noticed that it was away.
                 self.kill(engine)

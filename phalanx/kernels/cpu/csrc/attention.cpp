@@ -192,7 +192,7 @@ INLINE void softmax_row(float* scores, int start, int vectors, int first_key, in
         x[v] = load(scores + v * LANES);
         if (softcap > 0) x[v] = softcap * tanh(x[v] * (1.0f / softcap));
         ivec key = iota() + (start + v * LANES);
-        x[v] = select((key >= first_key) & (key < last_key), x[v], broadcast(-INFINITY));
+        x[v] = ((key >= first_key) & (key < last_key)) ? x[v] : broadcast(-INFINITY);
         best = max(best, x[v]);
     }
     const float highest = largest(best), new_top = top > highest ? top : highest;

@@ -1,8 +1,11 @@
-// Sixteen fp32 lanes in the compiler's own vector types: one AVX-512 register, two AVX2 or four SSE registers; no
-// intrinsics. Every reduction has one fixed order, so a row's bits do not depend on what is computed beside it.
+// Sixteen fp32 lanes in the compiler's own vector types: one AVX-512 register, two AVX2 or four SSE registers.
+// Intrinsics only where g++ 12 misses the one right instruction. Every reduction has one fixed order, so a row's bits do not depend on what is computed beside it.
 #pragma once
 #include <cstdint>
 #include <cstring>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
 
 #define PHALANX_API extern "C" __attribute__((visibility("default")))
 #define INLINE static inline __attribute__((always_inline))
@@ -19,7 +22,6 @@ struct bf16 {
 };
 
 INLINE vec broadcast(float x) { return vec{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
-INLINE vec select(ivec mask, vec yes, vec no) { return (vec)((mask & (ivec)yes) | (~mask & (ivec)no)); }
 INLINE vec max(vec a, vec b) { return a > b ? a : b; }
 INLINE ivec iota() { return ivec{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}; }
 
@@ -31,14 +33,21 @@ INLINE vec load(const float* p) {
 INLINE vec load(const bf16* p) {
     hvec x;
     memcpy(&x, p, sizeof x);
+#ifdef __AVX512F__
+    return (vec)((uvec)_mm512_cvtepu16_epi32((__m256i)x) << 16);
+#else
     return (vec)(__builtin_convertvector(x, uvec) << 16);
+#endif
 }
 INLINE void store(float* p, vec x) { memcpy(p, &x, sizeof x); }
-INLINE void store(bf16* p, vec x) {
-    uvec bits = (uvec)x;
-    uvec rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
-    uvec is_nan = (uvec)(x != x);
-    hvec half = __builtin_convertvector((is_nan & 0x7fc0) | (~is_nan & rounded), hvec);
+INLINE void store(bf16* p, vec x) {  // to nearest, ties to even
+#ifdef __AVX512BF16__
+    __m256bh half = _mm512_cvtneps_pbh((__m512)x);
+#else
+    const uvec bits = (uvec)x;
+    const uvec rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    hvec half = __builtin_convertvector(x == x ? rounded : uvec{} + 0x7fc0, hvec);
+#endif
     memcpy(p, &half, sizeof half);
 }
 
@@ -81,7 +90,8 @@ INLINE float largest(vec x) {
 // e^x to about 1 ulp; 0 below -87.3, NaN stays NaN. x = n ln2 + r, e^x = 2^n e^r, a Taylor polynomial for e^r.
 INLINE vec exp(vec x) {
     const float ROUND = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
-    vec in_range = select(x > 88.0f, broadcast(88.0f), select(x < -87.3f, broadcast(-87.3f), x));
+    vec in_range = x > 88.0f ? broadcast(88.0f) : x;
+    in_range = in_range < -87.3f ? broadcast(-87.3f) : in_range;
     vec shifted = in_range * 1.44269504f + ROUND;
     vec n = shifted - ROUND;
     vec r = in_range - n * 0.693359375f;
@@ -94,7 +104,7 @@ INLINE vec exp(vec x) {
     e = e * r + 5.0000001201e-1f;
     e = e * r * r + r + 1.0f;
     vec power = (vec)(((ivec)shifted << 23) + 0x3f800000);
-    return select(x < -87.3f, vec{}, e * power);
+    return x < -87.3f ? vec{} : e * power;
 }
 
 INLINE vec sigmoid(vec x) { return 1.0f / (1.0f + exp(-x)); }

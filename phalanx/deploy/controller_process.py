@@ -1,0 +1,155 @@
+"""The controller as a child process of the supervisor, and the supervisor's link to it."""
+
+import contextlib
+import json
+import queue
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import grpc
+import msgspec
+
+from phalanx.deploy.plan import DeploymentPlan
+from phalanx.deploy.server import phalanx_pb2 as pb
+from phalanx.deploy.server import supervise
+from phalanx.deploy.server.links import LINK_OPTIONS, SUPERVISE_METHOD
+from phalanx.deploy.server.options import ServerOptions
+from phalanx.deploy.server.phalanx_pb2_grpc import ClusterStub
+from phalanx.errors import ConfigError
+from phalanx.models.loading import read_config, resolve_path
+from phalanx.runtime.controller.core import CoreConfig
+from phalanx.runtime.frames import VERSION
+
+EXIT_S = 5.0
+
+
+def server_options(plan: DeploymentPlan) -> ServerOptions:
+    """The controller's part of a plan."""
+    server, folder = plan.server, resolve_path(plan.model.path)
+    return ServerOptions(
+        model_name=plan.model.name,
+        model_path=str(folder),
+        vocab_size=read_config(folder).vocab_size,
+        max_model_len=plan.scheduler.max_model_len,
+        listen=server.listen,
+        engine_listen=server.engine_listen,
+        metrics_listen=None if server.metrics == "off" else server.metrics,
+        drain_s=server.drain,
+        max_message_bytes=server.max_message,
+        core=CoreConfig(max_queue=plan.scheduler.max_queue, detach_grace_s=server.detach_grace),
+    )
+
+
+class ControllerProcess:
+    """Starts the controller; it ends with its stdin, so it cannot outlive the supervisor.
+
+    Args:
+        plan: of the deployment.
+        on_reclaim: called from the reading thread with (replica, incarnation) when the controller fences one.
+
+    Attributes:
+        listen, engines: bound addresses of the public port and of the port for engines.
+
+    Raises:
+        ConfigError: it did not come up, for example because a port is taken; its own sentence is in the message.
+    """
+
+    def __init__(self, plan: DeploymentPlan, on_reclaim: Callable[[int, int], None]) -> None:
+        with tempfile.NamedTemporaryFile("wb", suffix=".json", delete=False) as file:
+            file.write(msgspec.json.encode(server_options(plan)))
+        command = [sys.executable, "-m", "phalanx.deploy.server.main", "--plan", file.name]
+        # Its own process group: a Ctrl-C of the terminal reaches the supervisor alone, which then drains.
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+        )
+        self._errors: list[str] = []
+        self._echo = threading.Thread(target=self._read_errors, name="controller-log", daemon=True)
+        self._echo.start()
+        bound = self._bound()
+        Path(file.name).unlink(missing_ok=True)
+        self.pid = self._process.pid
+        self.listen, self.engines = bound["listen"], bound["engine_listen"]
+        self._on_reclaim = on_reclaim
+        self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._outbox.put(supervise.encode(supervise.SupervisorHello(VERSION)))
+        self._channel = grpc.insecure_channel(self.engines, options=LINK_OPTIONS)
+        self._call = self._channel.stream_stream(SUPERVISE_METHOD)(self._requests())
+        self._public = grpc.insecure_channel(self.listen)
+        threading.Thread(target=self._read, name="supervise-link", daemon=True).start()
+
+    def replica_starting(self, replica: int, incarnation: int) -> None:
+        """Announce an incarnation before its processes exist: all below it are fenced."""
+        self._outbox.put(supervise.encode(supervise.ReplicaStarting(replica, incarnation)))
+
+    def replica_gone(self, replica: int, incarnation: int, cause: str, error: str) -> None:
+        """Its processes have ended."""
+        self._outbox.put(supervise.encode(supervise.ReplicaGone(replica, incarnation, cause, error)))
+
+    def status(self) -> pb.ClusterState | None:
+        """What `Cluster.Status` says; None while it does not answer."""
+        try:
+            return ClusterStub(self._public).Status(pb.StatusRequest(), timeout=2.0)
+        except grpc.RpcError:
+            return None
+
+    def poll(self) -> int | None:
+        """Exit status, or None while it runs."""
+        return self._process.poll()
+
+    @property
+    def last_words(self) -> str:
+        """The end of its log."""
+        self._echo.join(timeout=1.0)
+        return "\n".join(self._errors[-20:])
+
+    def signal(self) -> None:
+        """SIGTERM: drain; the second one ends it at once."""
+        with contextlib.suppress(ProcessLookupError):
+            self._process.send_signal(signal.SIGTERM)
+
+    def close(self) -> None:
+        """End it if it still runs."""
+        self._outbox.put(None)
+        assert self._process.stdin is not None, "opened as a pipe"
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+        try:
+            self._process.wait(EXIT_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._channel.close()
+        self._public.close()
+
+    def _bound(self) -> dict[str, str]:
+        assert self._process.stdout is not None, "opened as a pipe"
+        line = self._process.stdout.readline()
+        if not line:
+            self._process.wait()
+            raise ConfigError(f"the controller did not start: {self.last_words or 'it said nothing'}")
+        bound: dict[str, str] = json.loads(line)
+        return bound
+
+    def _requests(self) -> Iterator[bytes]:
+        return iter(self._outbox.get, None)
+
+    def _read(self) -> None:
+        # The link ends with the controller, which `poll` reports.
+        with contextlib.suppress(grpc.RpcError):
+            for data in self._call:
+                frame = supervise.decode(data)
+                if isinstance(frame, supervise.Reclaim):
+                    self._on_reclaim(frame.replica, frame.incarnation)
+
+    def _read_errors(self) -> None:
+        assert self._process.stderr is not None, "opened as a pipe"
+        for line in self._process.stderr:
+            text = line.decode(errors="replace").rstrip()
+            self._errors.append(text)
+            del self._errors[:-200]
+            print(text, file=sys.stderr, flush=True)

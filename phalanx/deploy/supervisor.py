@@ -1,0 +1,159 @@
+"""The Ray driver behind `phalanx up`: starts the controller and the replicas, restarts what fails, ends everything.
+
+It decides nothing about requests. Its death ends the deployment: the controller sees its stdin close, Ray ends the
+actors of a dead driver, and a local cluster's processes end with the process that started them.
+"""
+
+import signal
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from phalanx.deploy.controller_process import ControllerProcess
+from phalanx.deploy.plan import DeploymentPlan
+from phalanx.deploy.replica import Replica
+from phalanx.errors import PhalanxError, ReplicaLostError
+
+MAX_FAILED_STARTS = 3
+"""Consecutive starts of a replica that never served: then the deployment ends with the last error."""
+
+BACKOFF_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """One line for the person who waits."""
+
+    event: str
+    text: str
+
+
+class Supervisor:
+    """Runs one deployment; `run` blocks until it has ended.
+
+    Args:
+        plan: resolved; the cluster it was resolved for is connected.
+        report: called with progress, from any thread.
+    """
+
+    def __init__(self, plan: DeploymentPlan, report: Callable[[Progress], None]) -> None:
+        self._plan, self._report = plan, report
+        self._stopping = threading.Event()
+        self._fatal: PhalanxError | None = None
+        self._signals = 0
+        self._reclaims: dict[int, int] = {}
+        self._lock = threading.Lock()
+
+    def run(self) -> None:
+        """Serve until SIGTERM, SIGINT or a fatal error; SIGTERM drains, a second one ends at once.
+
+        Raises:
+            ConfigError: a port is taken, or the cluster lacks resources.
+            ReplicaLostError: a replica fails again and again; the first failing rank's traceback is in the message.
+        """
+        controller = ControllerProcess(self._plan, self._on_reclaim)
+        previous = {kind: signal.signal(kind, self._on_signal) for kind in (signal.SIGTERM, signal.SIGINT)}
+        threads = [
+            threading.Thread(target=self._keep, args=(replica, controller), name=f"replica-{replica}")
+            for replica in range(self._plan.replicas)
+        ]
+        try:
+            self._report(Progress("controller", f"controller pid {controller.pid} listens on {controller.listen}"))
+            for thread in threads:
+                thread.start()
+            self._watch(controller)
+        finally:
+            self._stopping.set()
+            for thread in threads:
+                if thread.ident is not None:
+                    thread.join()
+            controller.close()
+            for kind, handler in previous.items():
+                signal.signal(kind, handler)
+        if self._fatal is not None:
+            raise self._fatal
+
+    def stop(self) -> None:
+        """What SIGTERM does: drain, then end; the second call ends at once."""
+        self._signals += 1
+
+    def _on_signal(self, kind: int, frame: object) -> None:
+        self.stop()
+
+    def _on_reclaim(self, replica: int, incarnation: int) -> None:
+        with self._lock:
+            self._reclaims[replica] = max(incarnation, self._reclaims.get(replica, 0))
+
+    def _watch(self, controller: ControllerProcess) -> None:
+        passed_on = 0
+        while self._fatal is None:
+            code = controller.poll()
+            if code is not None:
+                if not self._signals:
+                    self._fatal = ReplicaLostError(f"the controller ended with status {code}: {controller.last_words}")
+                return
+            while passed_on < self._signals:
+                passed_on += 1
+                self._report(Progress("drain", "draining" if passed_on == 1 else "ending now"))
+                controller.signal()
+            time.sleep(0.05)
+
+    def _keep(self, number: int, controller: ControllerProcess) -> None:
+        """Keep one replica alive, one incarnation after the other."""
+        incarnation, failed_starts, ever_served = 0, 0, False
+        while not self._stopping.is_set() and self._fatal is None:
+            incarnation += 1
+            started = time.monotonic()
+            attempt = _Attempt(Replica(self._plan, number, incarnation, controller.engines))
+            controller.replica_starting(number, incarnation)
+            error = ""
+            try:
+                attempt.replica.start()
+                self._serve(attempt, controller)
+            except PhalanxError as failure:
+                error = str(failure)
+                ever_served = ever_served or attempt.has_served
+                failed_starts = 0 if attempt.has_served else failed_starts + 1
+                if not self._stopping.is_set():
+                    self._report(Progress("lost", f"replica {number} incarnation {incarnation}: {error}"))
+                if not ever_served or failed_starts >= MAX_FAILED_STARTS:
+                    self._fatal = failure
+            finally:
+                attempt.replica.end()
+            controller.replica_gone(number, incarnation, "exit" if attempt.has_served else "startup", error)
+            if time.monotonic() - started < BACKOFF_S:
+                self._stopping.wait(BACKOFF_S)
+
+    def _serve(self, attempt: "_Attempt", controller: ControllerProcess) -> None:
+        """Watch an incarnation until it ends, is reclaimed, or the deployment stops."""
+        replica = attempt.replica
+        while not self._stopping.is_set():
+            if replica.wait(0.05) is not None:
+                return
+            with self._lock:
+                reclaimed = self._reclaims.get(replica.replica, 0) >= replica.incarnation
+            if reclaimed:
+                raise ReplicaLostError("its lease ran out: the engine is frozen or its node is")
+            if not attempt.has_served:
+                self._announce(attempt, controller)
+
+    def _announce(self, attempt: "_Attempt", controller: ControllerProcess) -> None:
+        state = controller.status()
+        for replica in state.replicas if state is not None else ():
+            is_this = (replica.replica, replica.incarnation) == (attempt.replica.replica, attempt.replica.incarnation)
+            if is_this and replica.state == "ready":
+                attempt.has_served = True
+                phases = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in sorted(replica.startup_s.items()))
+                took = time.monotonic() - attempt.begun
+                lines = [f"replica {replica.replica} is ready after {took:.1f} s ({phases})", *replica.ranks]
+                self._report(Progress("ready", "\n  ".join(lines)))
+
+
+class _Attempt:
+    """One incarnation as the supervisor sees it."""
+
+    def __init__(self, replica: Replica) -> None:
+        self.replica = replica
+        self.has_served = False
+        self.begun = time.monotonic()
