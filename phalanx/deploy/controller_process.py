@@ -70,10 +70,11 @@ class ControllerProcess:
         self._errors: list[str] = []
         self._echo = threading.Thread(target=self._read_errors, name="controller-log", daemon=True)
         self._echo.start()
-        bound = self._bound()
+        bound = self._bound_ports()
         Path(file.name).unlink(missing_ok=True)
         self.pid = self._process.pid
-        self.listen, self.engines = bound["listen"], bound["engine_listen"]
+        self.listen = _with_port(plan.server.listen, bound["listen"])
+        self.engines = _with_port(plan.server.engine_listen, bound["engine_listen"])
         self._on_reclaim = on_reclaim
         self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._outbox.put(supervise.encode(supervise.SupervisorHello(VERSION)))
@@ -126,13 +127,13 @@ class ControllerProcess:
         self._channel.close()
         self._public.close()
 
-    def _bound(self) -> dict[str, str]:
+    def _bound_ports(self) -> dict[str, int]:
         assert self._process.stdout is not None, "opened as a pipe"
         line = self._process.stdout.readline()
         if not line:
             self._process.wait()
             raise ConfigError(f"the controller did not start: {self.last_words or 'it said nothing'}")
-        bound: dict[str, str] = json.loads(line)
+        bound: dict[str, int] = json.loads(line)
         return bound
 
     def _requests(self) -> Iterator[bytes]:
@@ -153,3 +154,7 @@ class ControllerProcess:
             self._errors.append(text)
             del self._errors[:-200]
             print(text, file=sys.stderr, flush=True)
+
+
+def _with_port(address: str, port: int) -> str:
+    return f"{address.rpartition(':')[0]}:{port}"

@@ -60,7 +60,9 @@ class ControllerCollector(Collector):
                 for replica, beat in beats:
                     family.add_metric(self._labels(replica), value(beat))
                 yield family
-        block_size = GaugeMetricFamily("phalanx_kv_block_size_tokens", "Tokens per KV block.", labels=("replica", "model"))
+        block_size = GaugeMetricFamily(
+            "phalanx_kv_block_size_tokens", "Tokens per KV block.", labels=("replica", "model")
+        )
         startup = GaugeMetricFamily(
             "phalanx_startup_phase_seconds", "Duration of a start-up phase.", labels=("replica", "model", "phase")
         )

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from phalanx.deploy.fields import BYTE_UNITS
-from phalanx.deploy.memory import readable
+from phalanx.runtime.memory import readable
 from phalanx.deploy.plan import DeploymentPlan, RankPlan
 
 SECTIONS = ("model", "ray", "device", "replicas", "parallel", "scheduler", "kv", "server", "workers", "kernels")

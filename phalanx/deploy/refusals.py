@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from phalanx.deploy.config import ClusterConfig
 from phalanx.deploy.hardware import Hardware
-from phalanx.deploy.memory import ITEMSIZE
+from phalanx.runtime.memory import ITEMSIZE
 from phalanx.models.spec import DecoderConfig
 from phalanx.parallel.mesh import MeshShape
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from phalanx.deploy.config import ClusterConfig, conflicts
 from phalanx.deploy.hardware import Hardware, Node
-from phalanx.deploy.memory import ITEMSIZE, Batch, Share, StageBytes, cpu_share, gpu_share, size_pool, stage_bytes
+from phalanx.runtime.memory import ITEMSIZE, Batch, Share, StageBytes, cpu_share, gpu_share, size_pool, stage_bytes
 from phalanx.deploy.placement import Seat, seat_ranks
 from phalanx.deploy.plan import (
     DeploymentPlan,

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # missing from its __all__
 
-from phalanx.errors import ConfigError
+from phalanx.errors import ConfigError, ReplicaLostError
 from phalanx.parallel.group import Group
 from phalanx.parallel.mesh import Mesh, MeshShape
 from phalanx.parallel.pipeline import Pipeline
@@ -65,6 +65,7 @@ def join(
 
     Raises:
         ConfigError: rank or address cannot be.
+        ReplicaLostError: the store or another rank is not there in time.
     """
     host, _, port = store_address.rpartition(":")
     if not host or not port.isdigit():
@@ -78,15 +79,22 @@ def join(
     timeout = timedelta(seconds=timeout_s)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        store=TCPStore(host, int(port), is_master=False, timeout=timeout, use_libuv=True),
-        rank=rank,
-        world_size=shape.world_size,
-        timeout=timeout,
-        device_id=device if device.type == "cuda" else None,
-    )
-    return _build(shape, rank, device, timeout)
+    try:
+        store = TCPStore(host, int(port), is_master=False, timeout=timeout, use_libuv=True)
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            store=store,
+            rank=rank,
+            world_size=shape.world_size,
+            timeout=timeout,
+            device_id=device if device.type == "cuda" else None,
+        )
+        return _build(shape, rank, device, timeout)
+    except RuntimeError as error:  # the base of all errors of torch.distributed
+        raise ReplicaLostError(
+            f"rank {rank} did not meet the other {shape.world_size - 1} ranks at {store_address} within {timeout_s} s: "
+            f"{error}"
+        ) from error
 
 
 def _build(shape: MeshShape, rank: int, device: torch.device, timeout: timedelta) -> Mesh:

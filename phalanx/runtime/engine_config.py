@@ -94,7 +94,6 @@ class EngineConfig:
                 max_model_len=self.kv.max_model_len,
                 max_sequences=self.max_sequences,
                 max_batch_tokens=self.max_batch_tokens,
-                max_in_flight=self.max_in_flight,
                 num_threads=self.num_threads,
                 choose=self.kernels,
                 interface=interface,

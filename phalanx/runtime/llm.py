@@ -6,26 +6,19 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
-import psutil
-import torch
-
-from phalanx.errors import ConfigError, InvalidRequestError, PhalanxError
+from phalanx.errors import InvalidRequestError, PhalanxError
 from phalanx.models.loading import read_config, resolve_path
-from phalanx.models.spec import DecoderConfig
 from phalanx.parallel import rendezvous
 from phalanx.parallel.mesh import MeshShape
-from phalanx.parallel.pipeline import split_layers
 from phalanx.runtime.engine import Engine
-from phalanx.runtime.engine_config import EngineConfig
 from phalanx.runtime.executor.executor import Executor
 from phalanx.runtime.executor.inline import InlineExecutor
 from phalanx.runtime.executor.processes import ProcessExecutor
 from phalanx.runtime.frames import Abort, FinishReason, Place, TokenLogprobs, TokenRow
-from phalanx.runtime.kv.spec import KVSpec
-from phalanx.runtime.memory import auto_num_blocks
+from phalanx.runtime.offline_config import resolve_offline
 from phalanx.runtime.output import ChoiceOutput, choice_outputs
 from phalanx.runtime.sampling_params import SamplingParams
-from phalanx.runtime.tokenizer import Tokenizer
+from phalanx.runtime.tokenizer import Tokenizer, encode_prompt
 from phalanx.runtime.validate import RequestLimits, draw_seed, validate_request
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
@@ -130,17 +123,17 @@ class LLM:
     ) -> None:
         folder = resolve_path(path)
         model = read_config(folder)
-        self.config = _resolve(
+        self.config = resolve_offline(
             str(folder),
             model,
             MeshShape(pp=pipeline, dp=data, tp=tensor),
             stage_layers=stage_layers,
-            device=("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device,
-            dtype=model.dtype if dtype == "auto" else dtype,
-            scheduler=_section("scheduler", scheduler, ("max_batch_tokens", "max_sequences", "max_model_len")),
-            kv=_section("kv", kv, ("num_blocks", "block_size", "prefix_cache", "gpu_fraction")),
-            workers=_section("workers", workers, ("threads",)),
-            kernels=dict(kernels or {}),
+            device=device,
+            dtype=dtype,
+            scheduler=scheduler or {},
+            kv=kv or {},
+            workers=workers or {},
+            kernels=kernels or {},
         )
         self.tokenizer = Tokenizer.from_folder(folder)
         self._rng = random.Random()
@@ -199,20 +192,13 @@ class LLM:
         return ProcessExecutor(self.config.rank_specs(address, "lo"))
 
     def _check(self, prompt: Prompt, params: SamplingParams) -> tuple[list[int], SamplingParams]:
-        ids = self._encode(prompt)
+        ids = encode_prompt(self.tokenizer, prompt)
         limits = RequestLimits(
             vocab_size=self.config.model.vocab_size,
             max_model_len=self.config.kv.max_model_len,
             max_request_tokens=self.engine.limit,
         )
         return ids, validate_request(ids, params, limits)
-
-    def _encode(self, prompt: Prompt) -> list[int]:
-        if not isinstance(prompt, str) and not (prompt and isinstance(prompt[0], Mapping)):
-            return list(prompt)  # type: ignore[arg-type]
-        if self.tokenizer is None:
-            raise InvalidRequestError(f"{self.config.model_path} has no tokenizer.json; give token ids")
-        return self.tokenizer.encode(prompt) if isinstance(prompt, str) else self.tokenizer.encode_chat(prompt)  # type: ignore[arg-type]
 
     def _submit(self, ids: list[int], params: SamplingParams) -> str:
         name = f"offline-{self._count}"
@@ -251,75 +237,8 @@ class LLM:
         return RequestOutput(job.prompt, choices, job.seed, job.num_cached, job.prompt_logprobs)
 
 
-def _resolve(
-    path: str,
-    model: DecoderConfig,
-    shape: MeshShape,
-    *,
-    stage_layers: Sequence[int] | None,
-    device: str,
-    dtype: str,
-    scheduler: dict[str, Any],
-    kv: dict[str, Any],
-    workers: dict[str, Any],
-    kernels: dict[str, str],
-) -> EngineConfig:
-    is_cuda = device == "cuda"
-    if is_cuda and torch.cuda.device_count() < shape.world_size:
-        raise ConfigError(f"{shape.world_size} ranks need as many GPUs, this machine has {torch.cuda.device_count()}")
-    ranges = split_layers(len(model.layers), shape.pp, tuple(stage_layers) if stage_layers else None)
-    block_size = kv.get("block_size", 64 if is_cuda else 16)
-    max_sequences = scheduler.get("max_sequences", 256)
-    max_batch_tokens = scheduler.get("max_batch_tokens", 8192 if is_cuda else 512)
-    max_model_len = scheduler.get("max_model_len", model.max_position)
-    num_blocks = kv.get("num_blocks")
-    if num_blocks is None:
-        memory = torch.cuda.mem_get_info()[0] if is_cuda else psutil.virtual_memory().available // shape.world_size
-        num_blocks = auto_num_blocks(
-            model,
-            shape,
-            ranges,
-            dtype=dtype,
-            block_size=block_size,
-            max_batch_tokens=max_batch_tokens,
-            max_sequences=max_sequences,
-            max_model_len=max_model_len,
-            memory_bytes=memory,
-            gpu_fraction=kv.get("gpu_fraction", 0.9) if is_cuda else None,
-        )
-    if "max_model_len" not in scheduler:
-        max_model_len = min(max_model_len, (num_blocks - 1) * block_size)
-    return EngineConfig(
-        model_path=path,
-        model=model,
-        shape=shape,
-        stage_layers=ranges,
-        device=device,
-        dtype=dtype,
-        kv=KVSpec(block_size=block_size, num_blocks=num_blocks, max_model_len=max_model_len),
-        prefix_cache=kv.get("prefix_cache", True),
-        max_batch_tokens=max_batch_tokens,
-        max_sequences=max_sequences,
-        num_threads=workers.get("threads", 0 if shape.world_size == 1 or is_cuda else _threads(shape.world_size)),
-        kernels=kernels,
-    )
-
-
-def _threads(num_ranks: int) -> int:
-    return max(1, (psutil.cpu_count(logical=False) or 1) // num_ranks)
-
-
-def _section(name: str, given: Mapping[str, Any] | None, known: tuple[str, ...]) -> dict[str, Any]:
-    unknown = sorted(set(given or {}) - set(known))
-    if unknown:
-        raise ConfigError(f"{name}: unknown key {unknown[0]!r}; valid keys: {', '.join(known)}")
-    return dict(given or {})
-
-
 def _as_list(prompts: Any) -> list[Prompt]:
     # One prompt is a text, a list of ids, or a list of messages; several are a list of those.
     if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int | Mapping)):
         return [prompts]
     return list(prompts)
-
-

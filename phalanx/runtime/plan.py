@@ -80,11 +80,13 @@ class StepPlan(msgspec.Struct, frozen=True, array_like=True):
         step: consecutive from 0 within a generation.
         generation: changes when the mesh does.
         schedule_hash: running digest of all rows planned so far; a rank that computes another one fails at once.
+        num_settled: steps below this one have been answered; stage 0 takes their sampled ids before it runs the step.
     """
 
     step: int
     generation: int
     schedule_hash: int
+    num_settled: int
     domains: list[DomainPlan]
 
 

@@ -67,7 +67,11 @@ def _run(connection: Connection, bootstrap: Bootstrap, begun: float) -> None:
     imported = time.monotonic()
     if spec.num_threads:
         torch.set_num_threads(spec.num_threads)
-    device = torch.device(spec.device, spec.rank % torch.cuda.device_count()) if spec.device == "cuda" else torch.device("cpu")
+    device = (
+        torch.device(spec.device, spec.rank % torch.cuda.device_count())
+        if spec.device == "cuda"
+        else torch.device("cpu")
+    )
     if spec.store:
         mesh = rendezvous.join(
             spec.shape, spec.rank, spec.store, device=device, timeout_s=spec.timeout_s, interface=spec.interface or None

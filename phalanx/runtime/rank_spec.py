@@ -16,7 +16,6 @@ class RankSpec(msgspec.Struct, frozen=True, kw_only=True):
         dtype: of weights, activations and KV: "float32", "bfloat16" or "float16".
         stage_layers: half-open layer range per stage.
         max_sequences: number of slots.
-        max_in_flight: steps the engine plans ahead; stage 0 waits for sampled ids that much later.
         num_threads: CPU threads of the rank; 0 = leave torch's choice.
         choose: op name -> implementation name.
         interface: network interface for collectives; "" = found from the host name.
@@ -38,7 +37,6 @@ class RankSpec(msgspec.Struct, frozen=True, kw_only=True):
     max_model_len: int
     max_sequences: int
     max_batch_tokens: int
-    max_in_flight: int
     num_threads: int = 0
     choose: dict[str, str] = {}
     interface: str = ""

@@ -92,7 +92,9 @@ class Sampler:
         if sampling.repetition_penalty != 1.0:
             seen = logits[tokens]
             # An id that occurs twice is written twice with the same value.
-            logits[tokens] = torch.where(seen > 0, seen / sampling.repetition_penalty, seen * sampling.repetition_penalty)
+            logits[tokens] = torch.where(
+                seen > 0, seen / sampling.repetition_penalty, seen * sampling.repetition_penalty
+            )
         if sampling.presence_penalty or sampling.frequency_penalty:
             output = tokens[num_prompt:]
             counts = torch.zeros_like(logits).index_add_(0, output, torch.ones_like(output, dtype=logits.dtype))

@@ -117,7 +117,7 @@ class Scheduler:
         plans = [plan for plan, _ in built]
         for plan in plans:
             self._hash = roll_hash(self._hash, plan.rows)
-        step = StepPlan(self.step, 0, self._hash, plans)
+        step = StepPlan(self.step, 0, self._hash, min(self._in_flight, default=self.step), plans)
         self._in_flight[self.step] = {rank: rows for rank, (_, rows) in enumerate(built)}
         self.step += 1
         return step
@@ -146,7 +146,9 @@ class Scheduler:
                     cache.commit(seq.table, seq.num_settled)
             if sample:
                 if index >= len(result.slots) or result.slots[index] != seq.slot:
-                    raise PlanError(f"step {result.step}: row {index} of dp rank {result.dp_rank} is not slot {seq.slot}")
+                    raise PlanError(
+                        f"step {result.step}: row {index} of dp rank {result.dp_rank} is not slot {seq.slot}"
+                    )
                 seq.num_pending -= 1
                 if seq.status != FINISHED:
                     logprobs = result.logprobs[index] if result.logprobs else None
@@ -264,9 +266,7 @@ class Scheduler:
             seq.num_cached = min(match.num_tokens, seq.num_prompt)
         self.num_waiting -= 1
         insort(domain.running, (seq.order, seq))
-        builder.admit.append(
-            SlotInit(seq.slot, seq.tokens.tobytes(), seq.num_prompt, match.num_tokens, seq.sampling)
-        )
+        builder.admit.append(SlotInit(seq.slot, seq.tokens.tobytes(), seq.num_prompt, match.num_tokens, seq.sampling))
         builder.extend.append(Extend(seq.slot, 0, list(seq.table.block_ids)))
         self._take_chunk(seq, builder)
 

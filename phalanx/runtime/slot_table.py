@@ -133,7 +133,9 @@ class SlotTable:
             index = sampled.slots.astype(np.int64) * self.tokens.shape[1] + sampled.lengths
             self.tokens.view(-1)[self.to_device(index)] = token_ids.to(torch.int32)
 
-    def _prompt_rows(self, slots: Ints, starts: Ints, ends: Ints, cu_seqlens: Ints, num_sampled: int) -> list[PromptRows]:
+    def _prompt_rows(
+        self, slots: Ints, starts: Ints, ends: Ints, cu_seqlens: Ints, num_sampled: int
+    ) -> list[PromptRows]:
         prompt, first_logit = [], num_sampled
         for row, slot in enumerate(slots.tolist()):
             # The logits at position p are about token p + 1; the last prompt position is about the output.

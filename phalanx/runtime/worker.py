@@ -106,12 +106,13 @@ class Worker:
         started = time.perf_counter()
         domain = plan.domains[self.mesh.coordinate.dp]
         self._check(plan)
+        # Before the changes: an id that arrives late must not land in a slot's next owner.
+        self._take_tokens(plan.num_settled)
         self.table.apply(domain)
-        self._take_tokens(plan.step - self.spec.max_in_flight)
         batch, rows = self.table.build(domain.rows)
         pipeline, hidden = self.mesh.pipeline, None
         if pipeline is not None and not self.mesh.is_first_stage:
-            hidden = pipeline.recv_hidden(batch.num_tokens, self.model.hidden_size, self.dtype)
+            hidden = pipeline.recv_hidden(batch.num_tokens, self.model.config.hidden_size, self.dtype)
         out = self.model.forward(batch, self.kv, hidden)
         if not self.mesh.is_last_stage:
             assert pipeline is not None, "a mesh with several stages has lanes"
@@ -126,7 +127,9 @@ class Worker:
         return PendingResult(plan, self.mesh.coordinate.dp, rows, sampled, started) if self.is_reporter else None
 
     def close(self) -> None:
-        """Leave the process groups."""
+        """Leave the process groups, after what was sent has left."""
+        if self.mesh.pipeline is not None:
+            self.mesh.pipeline.flush()
         self.mesh.close()
 
     def _check(self, plan: StepPlan) -> None:
@@ -139,9 +142,9 @@ class Worker:
             )
         self._next_step += 1
 
-    def _take_tokens(self, settled_step: int) -> None:
+    def _take_tokens(self, num_settled: int) -> None:
         """Stage 0: store the ids of steps the engine has seen the results of, so they are here or all but here."""
-        while self._arriving and self._arriving[0][0] <= settled_step:
+        while self._arriving and self._arriving[0][0] < num_settled:
             _, rows, pending = self._arriving.popleft()
             self.table.store(rows, pending.wait())
 
@@ -165,11 +168,16 @@ def warm_up(worker: Worker) -> None:
             num_tokens,
         )
         batch = ForwardBatch(
-            zeros, torch.arange(num_tokens, dtype=torch.int32, device=device), zeros.long() - 1, meta, zeros[:1].long(), num_tokens
+            zeros,
+            torch.arange(num_tokens, dtype=torch.int32, device=device),
+            zeros.long() - 1,
+            meta,
+            zeros[:1].long(),
+            num_tokens,
         )
         hidden = None
         if not worker.mesh.is_first_stage:
-            hidden = torch.zeros((num_tokens, worker.model.hidden_size), dtype=worker.dtype, device=device)
+            hidden = torch.zeros((num_tokens, worker.model.config.hidden_size), dtype=worker.dtype, device=device)
         worker.model.forward(batch, worker.kv, hidden)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -179,5 +187,3 @@ def _entries(values: TopLogprobs, token_ids: list[int]) -> list[TokenLogprobs]:
     columns = (values.logprobs, values.ranks, values.top_ids, values.top_logprobs)
     logprobs, ranks, ids, tops = (column.tolist() for column in columns)
     return [TokenLogprobs(*entry) for entry in zip(token_ids, logprobs, ranks, ids, tops, strict=True)]
-
-

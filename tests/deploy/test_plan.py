@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from phalanx.deploy.config import ClusterConfig, KvConfig, ModelConfig, ParallelConfig, load_config, parse_config
 from phalanx.deploy.hardware import Hardware, Node
-from phalanx.deploy.memory import readable
+from phalanx.runtime.memory import readable
 from phalanx.deploy.placement import seat_ranks
 from phalanx.deploy.plan import DeploymentPlan, decode, encode
 from phalanx.deploy.plan_text import plan_json, plan_text, resolved_file

@@ -1,4 +1,4 @@
-"""Every family against transformers, in fp32, on redrawn tiny checkpoints. Runs in 15 s.
+"""Every family against transformers, in fp32, on redrawn tiny checkpoints. Runs in 25 s.
 
 Both sides are off from fp64 by up to 2e-5 on these models (logits of std 2.5), hence the tolerance.
 """

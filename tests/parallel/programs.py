@@ -5,11 +5,13 @@ import time
 import torch
 from torch import Tensor
 
+from phalanx.errors import ReplicaLostError
 from phalanx.parallel.embedding import VocabParallelEmbedding, VocabParallelHead, vocabulary_rows
 from phalanx.parallel.linear import ColumnParallelLinear, RowParallelLinear
-from phalanx.parallel.mesh import Mesh
+from phalanx.parallel.mesh import Mesh, MeshShape
 from phalanx.parallel.parameter import Parameter
 from phalanx.parallel.partition import shard, shard_or_replicate
+from phalanx.parallel.rendezvous import join
 
 CPU = torch.device("cpu")
 STEPS = 40
@@ -117,6 +119,15 @@ def fail(rank: int) -> int:
     if rank == 1:
         raise ValueError("no luck")
     return rank
+
+
+def join_alone(rank: int, address: str) -> str:
+    """The message that a rank gets whose peer never comes."""
+    try:
+        join(MeshShape(tp=2), rank, address, device=CPU, timeout_s=1, interface="lo")
+    except ReplicaLostError as error:
+        return str(error)
+    return "met somebody"
 
 
 def lonely(mesh: Mesh) -> None:

@@ -29,5 +29,6 @@ def bind_error(address: str) -> ConfigError:
     except OSError as error:
         reason = error.strerror or str(error)
     return ConfigError(
-        f"cannot listen on {address}: {reason}; stop the program that holds it, or configure another address (port 0 = any)"
+        f"cannot listen on {address}: {reason}; stop the program that holds it, or configure another address "
+        "(port 0 = any free port)"
     )

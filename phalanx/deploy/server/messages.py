@@ -108,15 +108,9 @@ def on_disconnect(request: pb.SubmitRequest, default: OnDisconnect) -> OnDisconn
 
 
 def positions(given: Sequence[int], num_choices: int) -> list[int]:
-    """One start per choice: where there are fewer than choices, the last one holds for the rest; none = 0.
-
-    Raises:
-        InvalidRequestError: more positions than choices.
-    """
-    if len(given) > num_choices:
-        raise InvalidRequestError(f"from_position has {len(given)} entries, the request {num_choices} choices")
+    """One start per choice: where there are fewer than choices, the last one holds for the rest; none = 0."""
     last = given[-1] if given else 0
-    return [*given, *[last] * (num_choices - len(given))]
+    return [*given[:num_choices], *[last] * (num_choices - len(given))]
 
 
 def job(found: Job, *, with_output: bool) -> pb.Job:

@@ -59,7 +59,9 @@ class LinkExecutor:
         digests = {ready.rank: ready.digest for ready in self.ready if ready.digest != specs[0].digest}
         if digests:
             self.close()
-            raise ConfigError(f"ranks {sorted(digests)} serve another plan than rank 0; restart them with the same file")
+            raise ConfigError(
+                f"ranks {sorted(digests)} serve another plan than rank 0; restart them with the same file"
+            )
         self._heard = [time.monotonic()] * len(specs)
 
     def submit(self, plan: StepPlan) -> None:

@@ -1,0 +1,131 @@
+"""From the arguments of `LLM` to a resolved engine on this machine."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypeVar
+
+import msgspec
+import psutil
+import torch
+
+from phalanx.errors import ConfigError
+from phalanx.models.spec import DecoderConfig
+from phalanx.parallel.mesh import MeshShape
+from phalanx.parallel.pipeline import split_layers
+from phalanx.runtime.engine_config import EngineConfig
+from phalanx.runtime.memory import ITEMSIZE, Batch, cpu_share, gpu_share, size_pool, stage_bytes
+
+Auto = Literal["auto"]
+Section = TypeVar("Section")
+
+
+class SchedulerSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`scheduler` of `LLM`; keys and defaults of the YAML section."""
+
+    max_batch_tokens: int | Auto = "auto"
+    max_sequences: int = 256
+    max_model_len: int | Auto = "auto"
+
+
+class KvSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`kv` of `LLM`; keys and defaults of the YAML section."""
+
+    gpu_fraction: float = 0.9
+    num_blocks: int | Auto = "auto"
+    block_size: int | Auto = "auto"
+    prefix_cache: bool = True
+
+
+class WorkersSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`workers` of `LLM`; threads = CPU threads per rank."""
+
+    threads: int | Auto = "auto"
+
+
+def resolve_offline(
+    path: str,
+    model: DecoderConfig,
+    shape: MeshShape,
+    *,
+    stage_layers: Sequence[int] | None,
+    device: str,
+    dtype: str,
+    scheduler: Mapping[str, Any],
+    kv: Mapping[str, Any],
+    workers: Mapping[str, Any],
+    kernels: Mapping[str, str],
+) -> EngineConfig:
+    """Decide everything that is "auto", by the rules of a deployment's plan, for this machine alone.
+
+    Raises:
+        ConfigError: a key is unknown or of another type, or the layout cannot work here.
+    """
+    batch, pool = _section("scheduler", scheduler, SchedulerSection), _section("kv", kv, KvSection)
+    threads = _section("workers", workers, WorkersSection).threads
+    device = _device(device, shape)
+    dtype = model.dtype if dtype == "auto" else dtype
+    if dtype not in ITEMSIZE:
+        raise ConfigError(f"dtype ({dtype!r}) is not supported; use one of auto, {', '.join(ITEMSIZE)}")
+    is_cuda = device == "cuda"
+    block_size = _choose(pool.block_size, 64 if is_cuda else 16)
+    max_batch_tokens = _choose(batch.max_batch_tokens, 8192 if is_cuda else 512)
+    ranges = split_layers(len(model.layers), shape.pp, tuple(stage_layers) if stage_layers else None)
+    limits = Batch(max_batch_tokens, batch.max_sequences)
+    if is_cuda:
+        share = gpu_share(torch.cuda.mem_get_info()[0], pool.gpu_fraction)
+    else:
+        share = cpu_share(psutil.virtual_memory().available, shape.world_size)
+    stages = [
+        (stage_bytes(model, shape, stage, layers, ITEMSIZE[dtype], block_size, limits), share)
+        for stage, layers in enumerate(ranges)
+    ]
+    spec = size_pool(
+        stages,
+        block_size=block_size,
+        num_blocks=None if pool.num_blocks == "auto" else pool.num_blocks,
+        max_model_len=None if batch.max_model_len == "auto" else batch.max_model_len,
+        max_position=model.max_position,
+        max_sequences=batch.max_sequences,
+    )
+    return EngineConfig(
+        model_path=path,
+        model=model,
+        shape=shape,
+        stage_layers=ranges,
+        device=device,
+        dtype=dtype,
+        kv=spec,
+        prefix_cache=pool.prefix_cache,
+        max_batch_tokens=max_batch_tokens,
+        max_sequences=batch.max_sequences,
+        num_threads=_choose(threads, _fair_threads(shape.world_size) if shape.world_size > 1 else 0),
+        kernels=dict(kernels),
+    )
+
+
+def _device(device: str, shape: MeshShape) -> str:
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device not in ("cpu", "cuda"):
+        raise ConfigError(f"device ({device!r}) is not supported; use auto, cpu or cuda")
+    if device == "cuda" and torch.cuda.device_count() < shape.world_size:
+        raise ConfigError(
+            f"{shape.world_size} ranks need as many GPUs, this machine has {torch.cuda.device_count()}; "
+            'lower tensor, pipeline or data, or use device="cpu"'
+        )
+    return device
+
+
+def _fair_threads(num_ranks: int) -> int:
+    return max(1, (psutil.cpu_count() or 1) // num_ranks)
+
+
+def _choose(value: int | Auto, otherwise: int) -> int:
+    return otherwise if value == "auto" else value
+
+
+def _section(name: str, given: Mapping[str, Any], kind: type[Section]) -> Section:
+    try:
+        return msgspec.convert(dict(given), kind)
+    except msgspec.ValidationError as error:
+        keys = ", ".join(field.name for field in msgspec.structs.fields(kind))
+        raise ConfigError(f"{name}: {error}; valid keys: {keys}") from error
