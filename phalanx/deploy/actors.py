@@ -5,7 +5,6 @@
 
 import os
 import secrets
-import socket
 import time
 
 import msgspec
@@ -78,7 +77,7 @@ class EngineActor:
             block_size=config.kv.block_size,
             dp_size=config.shape.dp,
             startup_s=slowest | {"ready": time.monotonic() - self._begun},
-            ranks=[f"engine node {socket.gethostname()} pid {os.getpid()}", *ranks],
+            ranks=[f"engine node {_node()} pid {os.getpid()}", *ranks],
         )
         return EngineProcess(engine, hello, self._orders.controller).run()
 
@@ -88,7 +87,7 @@ class WorkerActor:
 
     def run(self, bootstrap: Bootstrap) -> None:
         """Dial the engine and execute plans until the link ends."""
-        serve(msgspec.structs.replace(bootstrap, log_path=_log_path()))
+        serve(msgspec.structs.replace(bootstrap, node=_node(), log_path=_log_path()))
 
     def pid(self) -> int:
         """Of the process, for fault tests and status."""
@@ -103,6 +102,11 @@ def new_key() -> bytes:
 def _where(rank: int, plan: plans.DeploymentPlan) -> str:
     place = plan.parallel.shape.coordinate(rank)
     return f"pp {place.pp}, dp {place.dp}, tp {place.tp}"
+
+
+def _node() -> str:
+    # Several Ray nodes may share a host (and its name): the id tells them apart.
+    return f"{ray.util.get_node_ip_address()}/{ray.get_runtime_context().get_node_id()[:6]}"
 
 
 def _log_path() -> str:

@@ -31,6 +31,7 @@ class Bootstrap(msgspec.Struct, frozen=True):
     address: str
     key: bytes
     rank: int
+    node: str = ""
     log_path: str = ""
 
 
@@ -50,7 +51,7 @@ def serve(bootstrap: Bootstrap, started: float | None = None) -> None:
         except (EOFError, BrokenPipeError, ConnectionResetError):
             raise
         except BaseException:
-            failure = plan.RankFailed(bootstrap.rank, socket.gethostname(), bootstrap.log_path, _describe())
+            failure = plan.RankFailed(bootstrap.rank, _node(bootstrap), bootstrap.log_path, _describe())
             connection.send_bytes(plan.encode(failure))
             raise
 
@@ -85,7 +86,7 @@ def _run(connection: Connection, bootstrap: Bootstrap, begun: float) -> None:
     warm = time.monotonic()
     phases = {"import": imported - begun, "rendezvous": met - imported, "load": loaded - met, "warm_up": warm - loaded}
     ready = plan.Ready(
-        spec.rank, spec.digest, socket.gethostname(), os.getpid(), str(device), bootstrap.log_path, phases
+        spec.rank, spec.digest, _node(bootstrap), os.getpid(), str(device), bootstrap.log_path, phases
     )
     sender = Sender(connection, spec.rank)
     sender.send(plan.encode(ready))
@@ -142,6 +143,10 @@ class Sender:
                 self.send(data)
             except OSError:
                 return
+
+
+def _node(bootstrap: Bootstrap) -> str:
+    return bootstrap.node or socket.gethostname()
 
 
 def _describe() -> str:

@@ -6,6 +6,7 @@ runs ahead: plan N+1 is made while step N runs, so a decode row may stand for a 
 
 import heapq
 from bisect import bisect_left, insort
+from collections import Counter, deque
 from dataclasses import dataclass
 
 from phalanx.runtime.frames import FinishReason, TokenLogprobs, TokenRow
@@ -18,8 +19,8 @@ from phalanx.runtime.step_builder import Row, StepBuilder
 MAX_PREFIX_WAIT = 64
 """Schedule passes a request waits for another that is computing its next block (kv.md section 4)."""
 
-PROMPT_LOGPROB_CHUNK = 256
-"""Prompt tokens per step of a request with prompt_logprobs: each needs a row of logits."""
+MAX_PASSED = 64
+"""Waiting requests that one schedule pass may pass over, so that a burst of equal prompts costs it little."""
 
 NO_MATCH = Match((), 0)
 
@@ -46,11 +47,12 @@ class SchedulerConfig:
 
 
 class Domain:
-    """One dp rank: its KV metadata, slots and running sequences, sorted by `order`."""
+    """One dp rank: its KV metadata, slots, running sequences sorted by `order`, and steps in flight, oldest first."""
 
     def __init__(self, spec: KVSpec, max_sequences: int, *, prefix_cache: bool) -> None:
         self.cache = PrefixCache(spec, enabled=prefix_cache)
         self.running: list[tuple[Order, Sequence]] = []
+        self.in_flight: deque[tuple[int, list[Row]]] = deque()
         self.free_slots = list(range(max_sequences - 1, -1, -1))
         self.released: list[int] = []
 
@@ -67,7 +69,6 @@ class Scheduler:
         self.step = 0
         self.num_waiting = 0
         self._waiting: list[tuple[Order, Sequence]] = []
-        self._in_flight: dict[int, dict[int, list[Row]]] = {}
         self._hash = 0
 
     @property
@@ -78,7 +79,7 @@ class Scheduler:
     @property
     def num_in_flight(self) -> int:
         """Steps planned whose results have not all arrived."""
-        return len(self._in_flight)
+        return max(len(domain.in_flight) for domain in self.domains)
 
     def add(self, seq: Sequence) -> None:
         """Queue a sequence; the caller has checked that it can ever fit."""
@@ -90,7 +91,7 @@ class Scheduler:
         if seq.status == RUNNING:
             self._leave(seq)
         elif seq.status == WAITING:
-            self.num_waiting -= 1
+            self._leave_queue(seq)
         seq.status = FINISHED
 
     def schedule(self, *, allow_empty: bool = False) -> StepPlan | None:
@@ -99,7 +100,7 @@ class Scheduler:
         Args:
             allow_empty: plan a step without rows too; its result proves that every rank is alive.
         """
-        if len(self._in_flight) >= self.config.max_in_flight:
+        if self.num_in_flight >= self.config.max_in_flight:
             return None
         builders = []
         for domain in self.domains:
@@ -112,47 +113,39 @@ class Scheduler:
         built = [builder.build() for builder in builders]
         if not allow_empty and not any(rows for _, rows in built):
             return None
-        for domain in self.domains:
+        num_settled = min(domain.in_flight[0][0] if domain.in_flight else self.step for domain in self.domains)
+        for domain, (plan, rows) in zip(self.domains, built, strict=True):
             domain.released = []
-        plans = [plan for plan, _ in built]
-        for plan in plans:
+            domain.in_flight.append((self.step, rows))
             self._hash = roll_hash(self._hash, plan.rows)
-        step = StepPlan(self.step, 0, self._hash, min(self._in_flight, default=self.step), plans)
-        self._in_flight[self.step] = {rank: rows for rank, (_, rows) in enumerate(built)}
+        step = StepPlan(self.step, 0, self._hash, num_settled, [plan for plan, _ in built])
         self.step += 1
         return step
 
     def apply(self, result: StepResult) -> list[TokenRow]:
-        """Settle one dp rank's part of the oldest steps in flight; returns the new tokens.
+        """Settle one dp rank's part of its oldest step in flight; returns the new tokens.
 
         Raises:
-            PlanError: the result does not belong to a step in flight.
+            PlanError: the result is not that of the oldest step in flight; nothing has changed then.
         """
-        parts = self._in_flight.get(result.step)
-        rows = None if parts is None else parts.pop(result.dp_rank, None)
-        if parts is None or rows is None:
-            raise PlanError(f"dp rank {result.dp_rank} answered step {result.step}, which is not in flight")
-        if not parts:
-            del self._in_flight[result.step]
-        cache, block_size = self.domains[result.dp_rank].cache, self.spec.block_size
+        rows = self._rows_of(result)
+        domain = self.domains[result.dp_rank]
+        domain.in_flight.popleft()
         for slot, entries in result.prompt_logprobs:
             self._collect_prompt_logprobs(rows, slot, entries)
         out, index, failed = [], 0, frozenset(result.failed)
-        for seq, num_tokens, sample, life in rows:
+        for seq, end, sample, life in rows:
             seq.num_in_flight -= 1
             if life == seq.life and seq.status == RUNNING:
-                seq.num_settled += num_tokens
-                if seq.num_settled >= (seq.table.num_sealed + 1) * block_size:
-                    cache.commit(seq.table, seq.num_settled)
+                seq.num_settled = end
+                if end >= seq.next_full:
+                    self._seal(domain, seq)
             if sample:
-                if index >= len(result.slots) or result.slots[index] != seq.slot:
-                    raise PlanError(
-                        f"step {result.step}: row {index} of dp rank {result.dp_rank} is not slot {seq.slot}"
-                    )
-                seq.num_pending -= 1
                 if seq.status != FINISHED:
                     logprobs = result.logprobs[index] if result.logprobs else None
                     out.append(self._append(seq, result.token_ids[index], logprobs, index in failed))
+                if index in failed:
+                    self._forget_contents(domain, seq)
                 index += 1
             if seq.num_in_flight == 0 and seq.status != RUNNING:
                 self._return_slot(seq)
@@ -165,16 +158,18 @@ class Scheduler:
             AssertionError: one does not hold; a bug of ours.
         """
         assert self.num_waiting == sum(seq.status == WAITING for _, seq in self._waiting), "queue count"
-        flying = [row for parts in self._in_flight.values() for rows in parts.values() for row in rows]
         for index, domain in enumerate(self.domains):
             running = [seq for _, seq in domain.running]
             assert all(seq.status == RUNNING and seq.domain == index for seq in running), "status of running"
             assert [order for order, _ in domain.running] == sorted(seq.order for seq in running), "order of running"
-            leaving = {row.seq.slot for row in flying if row.seq.domain == index and row.seq.status != RUNNING}
-            held = [seq.slot for seq in running] + sorted(leaving - {NO_SLOT}) + domain.free_slots
+            flying = Counter(row.seq for _, rows in domain.in_flight for row in rows)
+            leaving = {seq.slot for seq in flying if seq.status != RUNNING}
+            held = [seq.slot for seq in running] + sorted(leaving) + domain.free_slots
             assert sorted(held) == list(range(self.config.max_sequences)), "every slot has one owner"
+            assert all(seq.num_in_flight == flying[seq] for seq in {*running, *flying}), "rows in flight"
             for seq in running:
                 assert 0 <= seq.num_settled <= seq.num_computed <= seq.table.capacity, "token regions"
+                assert seq.num_computed < seq.num_known <= seq.max_length, "a token remains to be computed"
             domain.cache.check([seq.table for seq in running])
 
     def _take_running(self, domain: Domain, builder: StepBuilder) -> None:
@@ -182,28 +177,23 @@ class Scheduler:
         # A pipelined step takes its share of the decodes only, so that the other stages have steps to run meanwhile.
         share = -(-len(running) // self.config.max_in_flight) if pipelined else len(running)
         chunked, index = [], 0
-        while index < len(running):
+        while index < len(running):  # `_grow` takes victims off the end
             seq = running[index][1]
             index += 1
             if pipelined and seq.num_in_flight:
                 continue
-            if seq.num_remaining > 1:
+            if seq.num_known - seq.num_computed > 1:
                 chunked.append(seq)
-            elif share and builder.budget and not seq.is_done_sampling:
-                if seq.num_computed < seq.table.capacity or self._grow(domain, seq, builder):
-                    builder.take(seq, 1, True)
-                    share -= 1
+            elif (
+                share
+                and builder.budget
+                and seq.num_known < seq.max_length
+                and (seq.num_computed < seq.table.capacity or self._grow(domain, seq, builder))
+            ):
+                builder.take_decode(seq)
+                share -= 1
         for seq in chunked:
-            # A victim of `_grow` may stand here: it waits again.
-            if seq.status == RUNNING and builder.budget:
-                self._take_chunk(seq, builder)
-
-    def _take_chunk(self, seq: Sequence, builder: StepBuilder) -> None:
-        chunk = min(builder.budget, seq.num_remaining)
-        if seq.prompt_logprobs is not None:
-            chunk = min(chunk, PROMPT_LOGPROB_CHUNK)
-        self.num_prompt_tokens += chunk
-        builder.take(seq, chunk, seq.num_computed + chunk == len(seq.tokens))
+            self.num_prompt_tokens += builder.take_chunk(seq)
 
     def _grow(self, domain: Domain, seq: Sequence, builder: StepBuilder) -> bool:
         """Give a decode its next block, preempting from the end of the order; False = it was itself the last."""
@@ -225,7 +215,7 @@ class Scheduler:
 
     def _admit_waiting(self, builders: list[StepBuilder]) -> None:
         held = []
-        while self._waiting:
+        while self._waiting and len(held) < MAX_PASSED:
             seq = self._waiting[0][1]
             if seq.status == FINISHED:
                 heapq.heappop(self._waiting)
@@ -246,13 +236,13 @@ class Scheduler:
         by_load = sorted(range(len(self.domains)), key=lambda index: len(self.domains[index].running))
         for index in by_load:
             domain, builder = self.domains[index], builders[index]
-            if not builder.budget or not domain.free_slots:
+            if not builder.room(seq) or not domain.free_slots:
                 continue
             match = NO_MATCH if seq.prompt_logprobs is not None else domain.cache.match(seq.table)
             if seq.waited < MAX_PREFIX_WAIT and domain.cache.is_computing(seq.table, match):
                 seq.waited += 1
                 return False
-            busy = bool(domain.running or self._in_flight)
+            busy = bool(domain.running or domain.in_flight)
             if domain.cache.admit(seq.table, match, len(seq.tokens), use_watermark=busy):
                 self._enter(seq, index, match, builder)
                 return True
@@ -262,18 +252,23 @@ class Scheduler:
         domain = self.domains[index]
         seq.status, seq.domain, seq.slot = RUNNING, index, domain.free_slots.pop()
         seq.num_computed = seq.num_settled = match.num_tokens
+        seq.next_full = match.num_tokens + self.spec.block_size
         if seq.num_cached == UNKNOWN:
             seq.num_cached = min(match.num_tokens, seq.num_prompt)
         self.num_waiting -= 1
         insort(domain.running, (seq.order, seq))
         builder.admit.append(SlotInit(seq.slot, seq.tokens.tobytes(), seq.num_prompt, match.num_tokens, seq.sampling))
         builder.extend.append(Extend(seq.slot, 0, list(seq.table.block_ids)))
-        self._take_chunk(seq, builder)
+        self.num_prompt_tokens += builder.take_chunk(seq)
 
-    def _leave(self, seq: Sequence, *, discard: bool = False) -> None:
+    def _seal(self, domain: Domain, seq: Sequence) -> None:
+        domain.cache.commit(seq.table, seq.num_settled)
+        seq.next_full = (seq.num_settled // self.spec.block_size + 1) * self.spec.block_size
+
+    def _leave(self, seq: Sequence) -> None:
         domain = self.domains[seq.domain]
         del domain.running[bisect_left(domain.running, (seq.order,))]
-        domain.cache.free(seq.table, discard=discard)
+        domain.cache.free(seq.table)
         if seq.num_in_flight == 0:
             self._return_slot(seq)
 
@@ -284,6 +279,24 @@ class Scheduler:
             domain.free_slots.append(seq.slot)
             domain.released.append(seq.slot)
             seq.slot = NO_SLOT
+
+    def _leave_queue(self, seq: Sequence) -> None:
+        # Its entry stays in the heap until it comes up; those that never do must not pile up.
+        self.num_waiting -= 1
+        seq.status = FINISHED
+        if len(self._waiting) > 2 * self.num_waiting + MAX_PASSED:
+            self._waiting = [entry for entry in self._waiting if entry[1].status == WAITING]
+            heapq.heapify(self._waiting)
+
+    @staticmethod
+    def _forget_contents(domain: Domain, seq: Sequence) -> None:
+        """A NaN shows late: whatever the sequence computed, in this life or before, must not be found any more."""
+        pool = domain.cache.pool
+        blocks = [block for block in map(pool.get, seq.table.cursor.hashes) if block is not None]
+        pool.acquire(blocks)  # only held blocks may lose their key
+        for block in blocks:
+            pool.unseal(block)
+        pool.release(blocks)
 
     def _append(self, seq: Sequence, token_id: int, logprobs: TokenLogprobs | None, failed: bool) -> TokenRow:
         position = seq.num_output
@@ -298,12 +311,7 @@ class Scheduler:
             elif position + 1 >= seq.max_tokens:
                 finish = "length"
         if finish is not None:
-            if seq.status == RUNNING:
-                self._leave(seq, discard=failed)
-            else:
-                self.num_waiting -= 1
-            seq.status = FINISHED
-        prompt_logprobs, seq.prompt_logprobs = seq.prompt_logprobs, None
+            self.cancel(seq)
         num_cached, seq.num_cached = max(seq.num_cached, UNKNOWN), REPORTED
         return TokenRow(
             seq.job,
@@ -314,12 +322,32 @@ class Scheduler:
             None if logprobs is None or failed else [logprobs],
             finish,
             "the model's logits held NaN or infinity for this row" if failed else None,
-            prompt_logprobs,
+            seq.take_prompt_logprobs(),
             num_cached,
         )
 
+    def _rows_of(self, result: StepResult) -> list[Row]:
+        """The rows that a result answers; raises `PlanError`."""
+        rank = result.dp_rank
+        in_flight = self.domains[rank].in_flight if 0 <= rank < len(self.domains) else deque()
+        if not in_flight or in_flight[0][0] != result.step:
+            raise PlanError(
+                f"dp rank {rank} answered step {result.step}; its oldest step in flight is "
+                f"{in_flight[0][0] if in_flight else None}"
+            )
+        rows = in_flight[0][1]
+        slots = [row.seq.slot for row in rows if row.sample]
+        if slots != result.slots or len(result.token_ids) != len(slots) or len(result.logprobs) not in (0, len(slots)):
+            raise PlanError(
+                f"dp rank {rank} answered step {result.step} with {len(result.token_ids)} ids and "
+                f"{len(result.logprobs)} logprobs for slots {result.slots}; the plan samples slots {slots}"
+            )
+        return rows
+
     @staticmethod
     def _collect_prompt_logprobs(rows: list[Row], slot: int, entries: list[TokenLogprobs]) -> None:
-        for row in rows:
-            if row.seq.slot == slot and row.seq.prompt_logprobs is not None and row.life == row.seq.life:
-                row.seq.prompt_logprobs.extend(entries)
+        for seq, end, _, _ in rows:
+            if seq.slot == slot and seq.prompt_logprobs is not None:
+                stop = min(end, seq.num_prompt - 1)
+                # By position: after a preemption the same entries come again.
+                seq.prompt_logprobs[stop - len(entries) : stop] = entries

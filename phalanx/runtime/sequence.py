@@ -1,13 +1,15 @@
 """One choice of one request, as the scheduler sees it.
 
-    tokens     |<------- prompt ------->|<---- output ---->| pending |
+    tokens     |<------- prompt ------->|<---- output ---->|. pending .|
     KV         |<-- settled -->|<-- in flight -->|
-    index      0               num_settled       num_computed        num_tokens
+    index      0               num_settled       num_computed          num_known
 
-`tokens` holds what the engine knows. `pending` ids were sampled by steps in flight: they exist on the ranks, not here yet.
+`tokens` holds what the engine has; `pending` ids were sampled by steps in flight and exist only on the ranks so far.
 """
 
 from array import array
+
+import msgspec
 
 from phalanx.runtime.frames import TokenLogprobs
 from phalanx.runtime.kv.prefix_cache import Table
@@ -26,10 +28,14 @@ class Sequence:
         order: (priority, arrival, choice), the place in the queue; kept through preemption.
         num_computed: tokens whose KV is computed or scheduled in this life.
         num_settled: tokens whose KV a finished step has computed in this life.
-        num_pending: sampled ids still in flight.
+        num_known: tokens that exist, here or on the ranks.
         num_in_flight: steps in flight that hold a row of this sequence.
+        max_length: tokens it may have, prompt included.
+        next_full: when so many tokens are settled, another block is full.
         life: counts preemptions; rows of an earlier life settle nothing.
+        num_cached: prompt tokens found when it was first admitted; UNKNOWN before, REPORTED once a row has told it.
         stop_ids: ids that end the output.
+        prompt_logprobs: entry i for prompt token i + 1, collected until the first row takes them; None = not wanted.
         waited: schedule passes spent waiting for another sequence that computes the same prefix.
     """
 
@@ -39,11 +45,13 @@ class Sequence:
         "epoch",
         "job",
         "life",
+        "max_length",
         "max_tokens",
+        "next_full",
         "num_cached",
         "num_computed",
         "num_in_flight",
-        "num_pending",
+        "num_known",
         "num_prompt",
         "num_settled",
         "order",
@@ -78,14 +86,16 @@ class Sequence:
         self.tokens = array("I", prompt)
         self.tokens.extend(output)
         self.num_prompt = len(prompt)
+        self.max_length = self.num_prompt + max_tokens
         self.table = Table(self.tokens, root)
         self.stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else eos_token_ids)
         self.sampling = slot_sampling(params, seed, choice, self.stop_ids)
+        self.prompt_logprobs: list[TokenLogprobs] | None = None if params.prompt_logprobs is None else []
+        if output:  # the first row, which brought them, has been delivered
+            self.take_prompt_logprobs()
         self.status, self.slot, self.domain, self.life, self.waited = WAITING, NO_SLOT, -1, 0, 0
-        self.num_computed = self.num_settled = self.num_pending = self.num_in_flight = 0
-        self.num_cached = UNKNOWN
-        wants_prompt_logprobs = params.prompt_logprobs is not None and not output
-        self.prompt_logprobs: list[TokenLogprobs] | None = [] if wants_prompt_logprobs else None
+        self.num_known, self.num_cached = len(self.tokens), UNKNOWN
+        self.num_computed = self.num_settled = self.num_in_flight = self.next_full = 0
 
     @property
     def num_output(self) -> int:
@@ -94,13 +104,16 @@ class Sequence:
 
     @property
     def num_remaining(self) -> int:
-        """Tokens that exist, here or on the ranks, and whose KV is not yet scheduled; 1 = ready to decode."""
-        return len(self.tokens) + self.num_pending - self.num_computed
+        """Tokens that exist and whose KV is not yet scheduled; 1 = ready to decode."""
+        return self.num_known - self.num_computed
 
-    @property
-    def is_done_sampling(self) -> bool:
-        """Every token it may produce is made or in flight."""
-        return len(self.tokens) + self.num_pending - self.num_prompt >= self.max_tokens
+    def take_prompt_logprobs(self) -> list[TokenLogprobs] | None:
+        """What was collected, once; the ranks are not asked again when it enters another slot."""
+        collected = self.prompt_logprobs
+        if collected is not None:
+            self.prompt_logprobs = None
+            self.sampling = msgspec.structs.replace(self.sampling, prompt_logprobs=-1)
+        return collected
 
 
 def slot_sampling(params: SamplingParams, seed: int, choice: int, stop_ids: frozenset[int]) -> SlotSampling:

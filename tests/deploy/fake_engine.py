@@ -202,7 +202,7 @@ class FakeSupervisor:
 class CuttingProxy:
     """A TCP proxy that resets each connection after a random number of bytes, until `budget` cuts are done."""
 
-    def __init__(self, port: int, seed: int, budget: int, low: int = 200, high: int = 6000) -> None:
+    def __init__(self, port: int, seed: int, budget: int, low: int = 200, high: int = 1200) -> None:
         self.num_cuts = 0
         self._target = port
         self._rng = random.Random(seed)
@@ -255,9 +255,8 @@ class Service:
             model_path=str(write_tokenizer(tmp_path)),
             vocab_size=256,
             max_model_len=4096,
-            listen="127.0.0.1:0",
             core=core,
-            **options,
+            **{"listen": "127.0.0.1:0", **options},
         )
         self.loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self.loop.run_forever)

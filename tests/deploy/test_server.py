@@ -120,9 +120,9 @@ def test_submit_get_stream_cancel(inference: InferenceStub) -> None:
 def test_cancel_ends_the_stream_and_frees_the_engine(inference: InferenceStub, service: Service) -> None:
     message = request("long", stopping=pb.Stopping(max_tokens=2000))
     stream = inference.Generate(message)
-    next(stream)
+    first = next(stream)
     inference.Cancel(pb.JobRef(request_id="long"))
-    finish = read(stream)[0][2]
+    finish = read([first, *stream])[0][2]
     assert finish.reason == pb.CANCELLED
     service.wait_until(lambda: not service.core.replicas[0].jobs)
 
@@ -153,7 +153,7 @@ def test_deadlines(inference: InferenceStub) -> None:
     assert 5 < len(ids) < 2000
     assert list(inference.Get(pb.GetRequest(request_id="late")).choices[0].token_ids) == ids
     # Without a deadline of its own the job takes that of the call, and its finish still arrives.
-    stream = inference.Generate(request("late-call", stopping=pb.Stopping(max_tokens=2000)), timeout=0.4)
+    stream = inference.Generate(request("late-call", stopping=pb.Stopping(max_tokens=2000)), timeout=0.6)
     assert read(stream)[0][2].reason == pb.DEADLINE
 
 

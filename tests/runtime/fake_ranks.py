@@ -82,8 +82,8 @@ class Slot:
     """A sequence on a rank. `prefixes[i]` names tokens 0 ... i."""
 
     def __init__(self, init: SlotInit) -> None:
-        self.sampling, self.num_prompt, self.num_computed = init.sampling, init.num_prompt_tokens, init.num_computed_tokens
-        data = init.token_ids
+        data, self.sampling = init.token_ids, init.sampling
+        self.num_prompt, self.num_computed = init.num_prompt_tokens, init.num_computed_tokens
         self.tokens: list[int] = []
         self.prefixes: list[int] = []
         for i in range(0, len(data), 4):
@@ -97,13 +97,18 @@ class Slot:
 
 
 class FakeRank:
-    """Executes the plans of one dp rank, in order."""
+    """Executes the plans of one dp rank, in order.
+
+    With stages it is the first one, which learns sampled ids late: those of steps below `num_settled`, before it takes
+    the changes of a plan.
+    """
 
     def __init__(self, config: EngineConfig, dp_rank: int) -> None:
         self.config, self.dp_rank, self.block_size = config, dp_rank, config.kv.block_size
         self.slots: list[Slot | None] = [None] * config.max_sequences
         self.cells: list[list[object]] = [[None] * self.block_size for _ in range(config.kv.num_blocks)]
         self.max_prompt_logprobs = 0  # most in one step so far
+        self._arriving: deque[tuple[int, Slot, int]] = deque()  # step, slot, sampled id
 
     def execute(self, plan: StepPlan, failed: frozenset[tuple[int, int]], poison: int | None) -> StepResult:
         """Run a step.
@@ -113,6 +118,7 @@ class FakeRank:
             poison: index (modulo their number) of the row whose computation goes wrong.
         """
         part = plan.domains[self.dp_rank]
+        self._take_tokens(plan.num_settled)
         self._apply(part, failed)
         rows = list(zip(part.rows[::3], part.rows[1::3], part.rows[2::3], strict=True))
         self._check_rows(rows)
@@ -131,12 +137,21 @@ class FakeRank:
                     broken.append(len(slots))
                 slots.append(slot_id)
                 token_ids.append(self._sample(slot, logprobs))
+                self._arriving.append((plan.step, slot, token_ids[-1]))
+        if self.config.shape.pp == 1:
+            self._take_tokens(plan.step + 1)
         self.max_prompt_logprobs = max(self.max_prompt_logprobs, sum(len(entries) for _, entries in prompt))
         logprobs = logprobs if any(logprobs) else []
         return StepResult(plan.step, plan.generation, self.dp_rank, slots, token_ids, broken, logprobs, prompt, 0.0)
 
     def keys(self, slot_ids: list[int]) -> list[tuple[int, int]]:
         return [self._slot(slot_id).key for slot_id in slot_ids]
+
+    def _take_tokens(self, num_settled: int) -> None:
+        while self._arriving and self._arriving[0][0] < num_settled:
+            _, slot, token_id = self._arriving.popleft()
+            assert slot in self.slots, "a sampled id arrives after its slot was released"
+            slot.append(token_id)
 
     def _slot(self, slot_id: int) -> Slot:
         slot = self.slots[slot_id]
@@ -205,7 +220,6 @@ class FakeRank:
         token_id = next_token(prefix, sampling.top_k, sampling.choice, banned)
         wants = sampling.logprobs >= 0
         logprobs.append(TokenLogprobs(token_id, logprob(prefix, token_id), 1, [], []) if wants else None)
-        slot.append(token_id)
         return token_id
 
     def _prompt_logprobs(self, slot: Slot, start: int, end: int) -> list[TokenLogprobs]:

@@ -259,7 +259,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(autouse=True)
 def small_prompt_logprob_budget(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("phalanx.runtime.scheduler.PROMPT_LOGPROB_CHUNK", 5)
+    monkeypatch.setattr(step_builder, "MAX_PROMPT_LOGPROBS", 5)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

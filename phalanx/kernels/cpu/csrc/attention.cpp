@@ -6,7 +6,7 @@
 //
 // A work item is up to BLOCK_ROWS rows of one sequence, a row being (kv head, token, head of its group). Its steps are
 // (tile, kv head), heads inside: the heads of a block lie side by side in the pool, which the hardware can foresee.
-//   k tile, transposed to fp32 [dim][64]  ->  scores [rows][64]  ->  softmax step  ->  acc [rows][dim] += p v
+//   k tile, transposed to [word][64]  ->  scores [rows][64]  ->  softmax step  ->  acc [rows][dim] += p v
 #include "attention_tile.h"
 
 #include <atomic>
@@ -126,7 +126,7 @@ struct Attention {
     void begin_rows(Scratch<T>& s, const Item& item) const {
         for_rows(item, [&](int i, long from, long, int query_head) {
             for (int d = 0; d < s.padded; d += LANES) {
-                store(s.q + i * s.padded + d, load_part(q + from + d, shape.dim - d) * shape.scale);
+                store((T*)(s.q + i * words<T>(s.padded)) + d, load_part(q + from + d, shape.dim - d));
                 store(s.acc + i * s.padded + d, vec{});
             }
             s.first_key[i] = first_key(item, i % item.rows), s.last_key[i] = last_key(item, i % item.rows);
@@ -146,8 +146,9 @@ struct Attention {
     // One tile of one head; its rows stand from `base` in the scratch.
     void step(Scratch<T>& s, const Item& item, const Tile<T>& now, const Tile<T>& next, int base, int start) const {
         const int rows = item.rows, vectors = (std::min(item.last - start, TILE) + LANES - 1) / LANES;
+        const int num_words = words<T>(s.padded);
         for (int v = 0; v < vectors; ++v)
-            transpose_keys(now.k + v * LANES, next.k + v * LANES, s.padded, s.k_transposed + v * LANES);
+            transpose_keys(now.k + v * LANES, next.k + v * LANES, num_words, s.k_transposed + v * LANES);
         const bool widen = sizeof(T) < sizeof(float) && rows >= WIDEN_FROM;
         if (widen)
             for (int i = 0; i < vectors * LANES; ++i)
@@ -157,11 +158,11 @@ struct Attention {
         for (int r = 0, n; r < rows; r += n) {
             n = std::min(rows - r, SCORE_ROWS);
             if (unseen(r, n)) continue;
-            const float* rows_q = s.q + (base + r) * s.padded;
+            const float* rows_q = s.q + (base + r) * num_words;
             float* scores = s.scores + r * TILE;
             with_int<SCORE_ROWS>(n, [&](auto count) {
                 with_int<TILE / LANES>(vectors, [&](auto v) {
-                    score_rows<count.value, v.value>(rows_q, s.padded, s.k_transposed, scores);
+                    score_rows<T, count.value, v.value>(rows_q, num_words, s.k_transposed, scores);
                 });
             });
         }
@@ -169,8 +170,8 @@ struct Attention {
             n = std::min(rows - r, VALUE_ROWS);
             if (unseen(r, n)) continue;
             for (int i = r; i < r + n; ++i)
-                softmax_row(s.scores + i * TILE, start, vectors, s.first_key[i], s.last_key[i], shape.softcap,
-                            s.top[base + i], s.total[base + i], s.alpha[i]);
+                softmax_row(s.scores + i * TILE, start, vectors, s.first_key[i], s.last_key[i], shape.scale,
+                            shape.softcap, s.top[base + i], s.total[base + i], s.alpha[i]);
             const int first = std::max(s.first_key[r] - start, 0), last = std::min(s.last_key[r + n - 1] - start, TILE);
             const float *p = s.scores + r * TILE, *alpha = s.alpha + r;
             float* acc = s.acc + (base + r) * s.padded;

@@ -48,51 +48,53 @@ INLINE void transpose(vec r[LANES]) {
     }
 }
 
-// 16 keys x 16 dims to out[dim][TILE]; meanwhile the next tile's rows are on their way.
+// Keys are compared word by word: a 32-bit word is one fp32 dim or a pair of bf16 dims.
 template <class T>
-INLINE void transpose_16(const T* const* keys, const T* const* next, int at, float* out) {
-    vec rows[LANES];
-    UNROLL for (int i = 0; i < LANES; ++i) {
-        rows[i] = load(keys[i] + at);
-        __builtin_prefetch(next[i] + at);
-    }
-    transpose(rows);
-    UNROLL for (int i = 0; i < LANES; ++i) store(out + (at + i) * TILE, rows[i]);
+constexpr int words(int dims) {
+    return dims * (int)sizeof(T) / 4;
 }
 
-// 16 keys x 32 dims of bf16: a pair of dims moves as one 32-bit lane, which halves the shuffles.
-INLINE void transpose_32(const bf16* const* keys, const bf16* const* next, int at, float* out) {
-    vec rows[LANES];
-    UNROLL for (int i = 0; i < LANES; ++i) {
-        memcpy(&rows[i], keys[i] + at, sizeof(vec));
-        __builtin_prefetch(next[i] + at);
-    }
-    transpose(rows);
-    UNROLL for (int i = 0; i < LANES; ++i) {
-        store(out + (at + 2 * i) * TILE, (vec)((uvec)rows[i] << 16));
-        store(out + (at + 2 * i + 1) * TILE, (vec)((uvec)rows[i] & 0xffff0000u));
-    }
+// acc + q . k of one word per lane, in fp32.
+INLINE vec dot_word(vec acc, vec q, vec k, const float*) { return acc + q * k; }
+INLINE vec dot_word(vec acc, vec q, vec k, const bf16*) {
+#ifdef __AVX512BF16__
+    return (vec)_mm512_dpbf16_ps((__m512)acc, (__m512bh)q, (__m512bh)k);
+#else
+    const vec q_odd = (vec)((uvec)q & 0xffff0000u), k_odd = (vec)((uvec)k & 0xffff0000u);
+    return acc + q_odd * k_odd + (vec)((uvec)q << 16) * (vec)((uvec)k << 16);
+#endif
 }
 
-INLINE void transpose_keys(const float* const* keys, const float* const* next, int dim, float* out) {
-    for (int at = 0; at < dim; at += LANES) transpose_16(keys, next, at, out);
+// Up to 16 words of 16 keys, from word `at`, to out[word][TILE]; meanwhile the next tile's rows are on their way.
+template <int WORDS, class T>
+INLINE void transpose_words(const T* const* keys, const T* const* next, int at, float* out) {
+    vec rows[LANES] = {};
+    UNROLL for (int i = 0; i < LANES; ++i) {
+        memcpy(&rows[i], (const char*)keys[i] + 4 * at, 4 * WORDS);
+        __builtin_prefetch((const char*)next[i] + 4 * at);
+    }
+    transpose(rows);
+    UNROLL for (int i = 0; i < WORDS; ++i) store(out + (at + i) * TILE, rows[i]);
 }
-INLINE void transpose_keys(const bf16* const* keys, const bf16* const* next, int dim, float* out) {
+
+// 16 keys, whole rows; a row is a whole number of 16 fp32 or bf16 elements.
+template <class T>
+INLINE void transpose_keys(const T* const* keys, const T* const* next, int num_words, float* out) {
     int at = 0;
-    for (; at + 2 * LANES <= dim; at += 2 * LANES) transpose_32(keys, next, at, out);
-    for (; at < dim; at += LANES) transpose_16(keys, next, at, out);
+    for (; at + LANES <= num_words; at += LANES) transpose_words<LANES>(keys, next, at, out);
+    if (at < num_words) transpose_words<LANES / 2>(keys, next, at, out);
 }
 
-// scores[R][16 V] = q[R] . k
-template <int R, int V>
-void score_rows(const float* q, int padded, const float* k_transposed, float* scores) {
+// scores[R][16 V] = q[R] . k, q as words
+template <class T, int R, int V>
+void score_rows(const float* q, int num_words, const float* k_transposed, float* scores) {
     vec acc[R][V] = {};
-    for (int d = 0; d < padded; ++d) {
+    for (int w = 0; w < num_words; ++w) {
         vec k[V];
-        UNROLL for (int v = 0; v < V; ++v) k[v] = load(k_transposed + d * TILE + v * LANES);
+        UNROLL for (int v = 0; v < V; ++v) k[v] = load(k_transposed + w * TILE + v * LANES);
         UNROLL for (int r = 0; r < R; ++r) {
-            vec x = broadcast(q[r * padded + d]);
-            UNROLL for (int v = 0; v < V; ++v) acc[r][v] += x * k[v];
+            const vec x = broadcast(q[r * num_words + w]);
+            UNROLL for (int v = 0; v < V; ++v) acc[r][v] = dot_word(acc[r][v], x, k[v], (const T*)nullptr);
         }
     }
     UNROLL for (int r = 0; r < R; ++r) UNROLL for (int v = 0; v < V; ++v) store(scores + r * TILE + v * LANES, acc[r][v]);
@@ -132,12 +134,12 @@ INLINE void add_values(const T* const* values, const T* const* next, int rows, i
 }
 
 // One step of the online softmax of one row: scores become probabilities relative to the new maximum.
-INLINE void softmax_row(float* scores, int start, int vectors, int first_key, int last_key, float softcap, float& top,
-                        float& total, float& alpha) {
+INLINE void softmax_row(float* scores, int start, int vectors, int first_key, int last_key, float scale, float softcap,
+                        float& top, float& total, float& alpha) {
     vec x[TILE / LANES];
     vec best = broadcast(-INFINITY);
     for (int v = 0; v < vectors; ++v) {
-        x[v] = load(scores + v * LANES);
+        x[v] = load(scores + v * LANES) * scale;
         if (softcap > 0) x[v] = softcap * tanh(x[v] * (1.0f / softcap));
         ivec key = iota() + (start + v * LANES);
         x[v] = ((key >= first_key) & (key < last_key)) ? x[v] : broadcast(-INFINITY);
