@@ -33,7 +33,11 @@ scheduler: {max_sequences: 16}
 workers: {threads: 1}
 server: {listen: 127.0.0.1:0, metrics: 'off'}
 """
-PROMPTS = ("import os\nimport sys\n\n\ndef main(", "class Stack:\n    def __init__(self", "def read_file(path):\n    with open(")
+PROMPTS = (
+    "import os\nimport sys\n\n\ndef main(",
+    "class Stack:\n    def __init__(self",
+    "def read_file(path):\n    with open(",
+)
 MAX_TOKENS = 96
 START_S = 120.0
 

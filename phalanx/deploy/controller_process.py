@@ -51,6 +51,7 @@ class ControllerProcess:
     Args:
         plan: of the deployment.
         on_reclaim: called from the reading thread with (replica, incarnation) when the controller fences one.
+        on_log: called from another one with each line of its log.
 
     Attributes:
         listen, engines: bound addresses of the public port and of the port for engines.
@@ -59,7 +60,9 @@ class ControllerProcess:
         ConfigError: it did not come up, for example because a port is taken; its own sentence is in the message.
     """
 
-    def __init__(self, plan: DeploymentPlan, on_reclaim: Callable[[int, int], None]) -> None:
+    def __init__(
+        self, plan: DeploymentPlan, on_reclaim: Callable[[int, int], None], on_log: Callable[[str], None]
+    ) -> None:
         with tempfile.NamedTemporaryFile("wb", suffix=".json", delete=False) as file:
             file.write(msgspec.json.encode(server_options(plan)))
         command = [sys.executable, "-m", "phalanx.deploy.server.main", "--plan", file.name]
@@ -67,6 +70,7 @@ class ControllerProcess:
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
         )
+        self._on_log = on_log
         self._errors: list[str] = []
         self._echo = threading.Thread(target=self._read_errors, name="controller-log", daemon=True)
         self._echo.start()
@@ -94,9 +98,10 @@ class ControllerProcess:
     def status(self) -> pb.ClusterState | None:
         """What `Cluster.Status` says; None while it does not answer."""
         try:
-            return ClusterStub(self._public).Status(pb.StatusRequest(), timeout=2.0)
+            state: pb.ClusterState = ClusterStub(self._public).Status(pb.StatusRequest(), timeout=2.0)
         except grpc.RpcError:
             return None
+        return state
 
     def poll(self) -> int | None:
         """Exit status, or None while it runs."""
@@ -153,7 +158,7 @@ class ControllerProcess:
             text = line.decode(errors="replace").rstrip()
             self._errors.append(text)
             del self._errors[:-200]
-            print(text, file=sys.stderr, flush=True)
+            self._on_log(text)
 
 
 def _with_port(address: str, port: int) -> str:

@@ -11,8 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from phalanx.deploy.fields import BYTE_UNITS
-from phalanx.runtime.memory import readable
 from phalanx.deploy.plan import DeploymentPlan, RankPlan
+from phalanx.runtime.memory import readable
 
 SECTIONS = ("model", "ray", "device", "replicas", "parallel", "scheduler", "kv", "server", "workers", "kernels")
 

@@ -5,9 +5,9 @@ from typing import NamedTuple
 
 from phalanx.deploy.config import ClusterConfig
 from phalanx.deploy.hardware import Hardware
-from phalanx.runtime.memory import ITEMSIZE
 from phalanx.models.spec import DecoderConfig
 from phalanx.parallel.mesh import MeshShape
+from phalanx.runtime.memory import ITEMSIZE
 
 MAX_TENSOR = 128
 """Sizes of the tensor axis that are tried for the list of possible ones."""

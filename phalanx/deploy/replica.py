@@ -1,5 +1,8 @@
 """One incarnation of a replica on Ray: a placement group, an engine actor, a worker actor per rank."""
 
+import threading
+import time
+from collections.abc import Callable
 from typing import Any
 
 import ray
@@ -15,6 +18,9 @@ from phalanx.runtime.rank import Bootstrap
 
 PLACEMENT_S = 30.0
 ACTOR_S = 120.0
+SLICE_S = 1
+"""Of a wait while starting; between two of them it may be stopped. Ray takes whole seconds for placement groups."""
+
 LAST_WORDS_S = 1.0
 """After a worker died: how long the engine, which knows who failed first, has to say so."""
 
@@ -34,23 +40,28 @@ class Replica:
         self._worker_runs: list[Any] = []
         self._actors: list[Any] = []
 
-    def start(self) -> None:
+    def start(self, stopping: threading.Event) -> None:
         """Take the resources and start all actors; the ranks then load on their own.
+
+        Args:
+            stopping: set from outside to give up early.
 
         Raises:
             ConfigError: the cluster has not enough free resources.
-            ReplicaLostError: an actor could not be started.
+            ReplicaLostError: an actor could not be started, or `stopping` is set.
         """
         bundles = self._bundles()
         strategy = "PACK" if self._plan.device == "cuda" else "SPREAD"
         self._group = placement_group(bundles, strategy=strategy, name=f"phalanx-{self.replica}-{self.incarnation}")
-        if not self._group.wait(PLACEMENT_S):
-            raise ConfigError(_shortage(bundles))
+        if not _until(self._group.wait, PLACEMENT_S, stopping):
+            raise ConfigError(shortage(bundles))
         key, orders = new_key(), self._orders()
         engine = self._actor(EngineActor, 0, 0, 0).remote(orders, key)
         self._actors.append(engine)
+        asked = engine.address.remote()
         try:
-            address = ray.get(engine.address.remote(), timeout=ACTOR_S)
+            _until(lambda slice_s: bool(ray.wait([asked], timeout=slice_s)[0]), ACTOR_S, stopping)
+            address = ray.get(asked, timeout=0)
         except (RayError, GetTimeoutError) as error:
             raise ReplicaLostError(f"the engine of replica {self.replica} did not start: {describe(error)}") from error
         is_cuda = self._plan.device == "cuda"
@@ -122,6 +133,17 @@ def describe(error: BaseException) -> str:
     return str(error)
 
 
+def _until(is_done: Callable[[int], bool], limit_s: float, stopping: threading.Event) -> bool:
+    """Ask `is_done(seconds to wait)` again and again; False = not within the limit."""
+    deadline = time.monotonic() + limit_s
+    while not is_done(SLICE_S):
+        if stopping.is_set():
+            raise ReplicaLostError("stopped while it was starting")
+        if time.monotonic() > deadline:
+            return False
+    return True
+
+
 def _outcome(run: Any) -> str:
     try:
         ray.get(run, timeout=0)
@@ -130,7 +152,8 @@ def _outcome(run: Any) -> str:
     return "it returned although the engine runs"
 
 
-def _shortage(bundles: list[dict[str, float]]) -> str:
+def shortage(bundles: list[dict[str, float]]) -> str:
+    """Why Ray could not seat these bundles, with what is free."""
     kind = next(iter(bundles[0]))
     need = sum(bundle[kind] for bundle in bundles)
     free, total = ray.available_resources().get(kind, 0), ray.cluster_resources().get(kind, 0)

@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 from phalanx.deploy.config import ClusterConfig, conflicts
 from phalanx.deploy.hardware import Hardware, Node
-from phalanx.runtime.memory import ITEMSIZE, Batch, Share, StageBytes, cpu_share, gpu_share, size_pool, stage_bytes
 from phalanx.deploy.placement import Seat, seat_ranks
 from phalanx.deploy.plan import (
     DeploymentPlan,
@@ -21,6 +20,7 @@ from phalanx.errors import ConfigError
 from phalanx.models.spec import DecoderConfig
 from phalanx.parallel.mesh import MeshShape
 from phalanx.parallel.pipeline import split_layers
+from phalanx.runtime.memory import ITEMSIZE, Batch, Share, StageBytes, cpu_share, gpu_share, size_pool, stage_bytes
 
 MAX_GPU_RANK_THREADS = 8
 """More host threads do not make a GPU rank faster; they only load and sample."""

@@ -7,8 +7,9 @@ actors of a dead driver, and a local cluster's processes end with the process th
 import signal
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from phalanx.deploy.controller_process import ControllerProcess
 from phalanx.deploy.plan import DeploymentPlan
@@ -20,13 +21,22 @@ MAX_FAILED_STARTS = 3
 
 BACKOFF_S = 1.0
 
+PHASES = ("placement", "import", "rendezvous", "load", "warm_up")
+"""Of a replica's start, in the order in which they happen; together they are the time until it is ready."""
+
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """One line for the person who waits."""
+    """One line for the person who waits.
+
+    Attributes:
+        event: controller | ready | lost | drain, or log: a line of the controller's log.
+        data: the same for programs.
+    """
 
     event: str
     text: str
+    data: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Supervisor:
@@ -52,14 +62,15 @@ class Supervisor:
             ConfigError: a port is taken, or the cluster lacks resources.
             ReplicaLostError: a replica fails again and again; the first failing rank's traceback is in the message.
         """
-        controller = ControllerProcess(self._plan, self._on_reclaim)
+        controller = ControllerProcess(self._plan, self._on_reclaim, lambda line: self._report(Progress("log", line)))
         previous = {kind: signal.signal(kind, self._on_signal) for kind in (signal.SIGTERM, signal.SIGINT)}
         threads = [
             threading.Thread(target=self._keep, args=(replica, controller), name=f"replica-{replica}")
             for replica in range(self._plan.replicas)
         ]
         try:
-            self._report(Progress("controller", f"controller pid {controller.pid} listens on {controller.listen}"))
+            text = f"controller pid {controller.pid} listens on {controller.listen}"
+            self._report(Progress("controller", text, {"pid": controller.pid, "listen": controller.listen}))
             for thread in threads:
                 thread.start()
             self._watch(controller)
@@ -109,14 +120,16 @@ class Supervisor:
             controller.replica_starting(number, incarnation)
             error = ""
             try:
-                attempt.replica.start()
+                attempt.replica.start(self._stopping)
+                attempt.placed = time.monotonic()
                 self._serve(attempt, controller)
             except PhalanxError as failure:
                 error = str(failure)
                 ever_served = ever_served or attempt.has_served
                 failed_starts = 0 if attempt.has_served else failed_starts + 1
                 if not self._stopping.is_set():
-                    self._report(Progress("lost", f"replica {number} incarnation {incarnation}: {error}"))
+                    data = {"replica": number, "incarnation": incarnation, "error": error}
+                    self._report(Progress("lost", f"replica {number} incarnation {incarnation}: {error}", data))
                 if not ever_served or failed_starts >= MAX_FAILED_STARTS:
                     self._fatal = failure
             finally:
@@ -144,10 +157,7 @@ class Supervisor:
             is_this = (replica.replica, replica.incarnation) == (attempt.replica.replica, attempt.replica.incarnation)
             if is_this and replica.state == "ready":
                 attempt.has_served = True
-                phases = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in sorted(replica.startup_s.items()))
-                took = time.monotonic() - attempt.begun
-                lines = [f"replica {replica.replica} is ready after {took:.1f} s ({phases})", *replica.ranks]
-                self._report(Progress("ready", "\n  ".join(lines)))
+                self._report(_ready(replica, attempt))
 
 
 class _Attempt:
@@ -156,4 +166,15 @@ class _Attempt:
     def __init__(self, replica: Replica) -> None:
         self.replica = replica
         self.has_served = False
-        self.begun = time.monotonic()
+        self.begun = self.placed = time.monotonic()
+
+
+def _ready(replica: Any, attempt: _Attempt) -> Progress:
+    took = time.monotonic() - attempt.begun
+    known = {**replica.startup_s, "placement": attempt.placed - attempt.begun}
+    startup_s = {phase: known[phase] for phase in PHASES if phase in known}
+    phases = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in startup_s.items())
+    ranks = list(replica.ranks)
+    text = "\n  ".join([f"replica {replica.replica} is ready after {took:.1f} s ({phases})", *ranks])
+    data = {"replica": replica.replica, "took_s": took, "startup_s": startup_s, "ranks": ranks}
+    return Progress("ready", text, data)

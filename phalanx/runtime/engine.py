@@ -5,7 +5,7 @@ from array import array
 from phalanx.errors import RequestTooLongError
 from phalanx.runtime.engine_config import EngineConfig
 from phalanx.runtime.executor.executor import Executor, HasFileno
-from phalanx.runtime.frames import Abort, Place, TokenRow
+from phalanx.runtime.frames import Abort, FinishReason, Place, TokenRow
 from phalanx.runtime.scheduler import Scheduler
 from phalanx.runtime.sequence import FINISHED, Sequence
 
@@ -116,7 +116,7 @@ class Engine:
         # A resumed choice may have been complete when its replica died, the finish alone was lost.
         last = seq.tokens[-1] if seq.num_output else None
         if seq.num_output >= seq.max_tokens or last in seq.stop_ids:
-            finish = "stop" if last in seq.stop_ids else "length"
+            finish: FinishReason = "stop" if last in seq.stop_ids else "length"
             self._settled.append(TokenRow(seq.job, seq.epoch, seq.choice, seq.num_output, [], finish=finish))
             seq.status = FINISHED
         else:

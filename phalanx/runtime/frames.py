@@ -27,18 +27,14 @@ class WireError(PhalanxError):
     """A peer sent bytes that are no frame of this version."""
 
 
-class _Frame(msgspec.Struct, frozen=True, array_like=True, tag=True, kw_only=False):
-    pass
-
-
-class Welcome(_Frame, tag=1):
+class Welcome(msgspec.Struct, frozen=True, array_like=True, tag=1):
     """The controller accepts an engine under this incarnation."""
 
     version: int
     incarnation: int
 
 
-class Place(_Frame, tag=2):
+class Place(msgspec.Struct, frozen=True, array_like=True, tag=2):
     """Run a request: prompt and output stay separate, so penalties, min_tokens and positions survive a resume.
 
     Attributes:
@@ -59,7 +55,7 @@ class Place(_Frame, tag=2):
     priority: int = 0
 
 
-class Abort(_Frame, tag=3):
+class Abort(msgspec.Struct, frozen=True, array_like=True, tag=3):
     """Stop a choice (or all, choice = -1) of a job; no further rows of it are wanted."""
 
     job: RequestId
@@ -67,13 +63,13 @@ class Abort(_Frame, tag=3):
     choice: int = -1
 
 
-class Shutdown(_Frame, tag=4):
+class Shutdown(msgspec.Struct, frozen=True, array_like=True, tag=4):
     """End the engine: fenced, or the deployment goes down."""
 
     reason: str
 
 
-class Hello(_Frame, tag=11):
+class Hello(msgspec.Struct, frozen=True, array_like=True, tag=11):
     """First frame of an engine.
 
     Attributes:
@@ -132,14 +128,14 @@ class TokenRow(msgspec.Struct, frozen=True, array_like=True):
     num_cached_tokens: int = -1
 
 
-class TokenEvents(_Frame, tag=12):
+class TokenEvents(msgspec.Struct, frozen=True, array_like=True, tag=12):
     """All new tokens of one engine step."""
 
     step: int
     rows: list[TokenRow]
 
 
-class Heartbeat(_Frame, tag=13):
+class Heartbeat(msgspec.Struct, frozen=True, array_like=True, tag=13):
     """Sent every 250 ms from a thread other than the step loop; counters are cumulative since the incarnation began."""
 
     seq: int
@@ -155,7 +151,7 @@ class Heartbeat(_Frame, tag=13):
     num_prompt_tokens: int
 
 
-class Failed(_Frame, tag=14):
+class Failed(msgspec.Struct, frozen=True, array_like=True, tag=14):
     """Last words of an engine: the first failing rank's error; others are consequences."""
 
     rank: int
@@ -167,7 +163,7 @@ class Failed(_Frame, tag=14):
 Frame = Welcome | Place | Abort | Shutdown | Hello | TokenEvents | Heartbeat | Failed
 
 _encoder = msgspec.msgpack.Encoder()
-_decoder = msgspec.msgpack.Decoder(Frame)
+_decoder: msgspec.msgpack.Decoder[Frame] = msgspec.msgpack.Decoder(Frame)
 
 
 def encode(frame: Frame) -> bytes:

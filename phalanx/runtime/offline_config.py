@@ -15,7 +15,7 @@ from phalanx.runtime.engine_config import EngineConfig
 from phalanx.runtime.memory import ITEMSIZE, Batch, cpu_share, gpu_share, size_pool, stage_bytes
 
 Auto = Literal["auto"]
-Section = TypeVar("Section")
+Section = TypeVar("Section", bound=msgspec.Struct)
 
 
 class SchedulerSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

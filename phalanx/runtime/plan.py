@@ -148,7 +148,7 @@ RankMessage = StepResult | Ready | Ping | RankFailed
 
 _encoder = msgspec.msgpack.Encoder()
 _plan_decoder = msgspec.msgpack.Decoder(StepPlan)
-_message_decoder = msgspec.msgpack.Decoder(RankMessage)
+_message_decoder: msgspec.msgpack.Decoder[RankMessage] = msgspec.msgpack.Decoder(RankMessage)
 
 
 def encode(message: StepPlan | RankMessage) -> bytes:

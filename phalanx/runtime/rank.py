@@ -85,9 +85,7 @@ def _run(connection: Connection, bootstrap: Bootstrap, begun: float) -> None:
     warm_up(worker)
     warm = time.monotonic()
     phases = {"import": imported - begun, "rendezvous": met - imported, "load": loaded - met, "warm_up": warm - loaded}
-    ready = plan.Ready(
-        spec.rank, spec.digest, _node(bootstrap), os.getpid(), str(device), bootstrap.log_path, phases
-    )
+    ready = plan.Ready(spec.rank, spec.digest, _node(bootstrap), os.getpid(), str(device), bootstrap.log_path, phases)
     sender = Sender(connection, spec.rank)
     sender.send(plan.encode(ready))
     try:

@@ -88,11 +88,11 @@ class Scheduler:
 
     def cancel(self, seq: Sequence) -> None:
         """Drop a sequence wherever it is: its blocks are free at once, its rows in flight are ignored."""
-        if seq.status == RUNNING:
+        status, seq.status = seq.status, FINISHED
+        if status == RUNNING:
             self._leave(seq)
-        elif seq.status == WAITING:
-            self._leave_queue(seq)
-        seq.status = FINISHED
+        elif status == WAITING:
+            self._leave_queue()
 
     def schedule(self, *, allow_empty: bool = False) -> StepPlan | None:
         """The next step, or None when there is nothing to do or enough is in flight.
@@ -113,7 +113,8 @@ class Scheduler:
         built = [builder.build() for builder in builders]
         if not allow_empty and not any(rows for _, rows in built):
             return None
-        num_settled = min(domain.in_flight[0][0] if domain.in_flight else self.step for domain in self.domains)
+        # Of the rank that is furthest: it may have rows that follow on these steps. The others only wait a little longer.
+        num_settled = max(domain.in_flight[0][0] if domain.in_flight else self.step for domain in self.domains)
         for domain, (plan, rows) in zip(self.domains, built, strict=True):
             domain.released = []
             domain.in_flight.append((self.step, rows))
@@ -280,10 +281,9 @@ class Scheduler:
             domain.released.append(seq.slot)
             seq.slot = NO_SLOT
 
-    def _leave_queue(self, seq: Sequence) -> None:
-        # Its entry stays in the heap until it comes up; those that never do must not pile up.
+    def _leave_queue(self) -> None:
+        # The entry stays in the heap until it comes up; those that never do must not pile up.
         self.num_waiting -= 1
-        seq.status = FINISHED
         if len(self._waiting) > 2 * self.num_waiting + MAX_PASSED:
             self._waiting = [entry for entry in self._waiting if entry[1].status == WAITING]
             heapq.heapify(self._waiting)

@@ -24,7 +24,18 @@ from phalanx.runtime import frames
 from phalanx.runtime.controller.core import CoreConfig
 from phalanx.runtime.controller.jobs import unpack_ids
 from phalanx.runtime.detokenize import BYTE_ALPHABET
-from phalanx.runtime.frames import Abort, Failed, Frame, Heartbeat, Hello, Place, Shutdown, TokenEvents, TokenRow, Welcome
+from phalanx.runtime.frames import (
+    Abort,
+    Failed,
+    Frame,
+    Heartbeat,
+    Hello,
+    Place,
+    Shutdown,
+    TokenEvents,
+    TokenRow,
+    Welcome,
+)
 from phalanx.runtime.tokenizer import Tokenizer
 from tests.runtime.controller.world import token
 
@@ -115,7 +126,9 @@ class FakeEngine:
                     known = unpack_ids(packed)
                     assert known == [token(frame.seed, choice, i) for i in range(len(known))]
                     assert frame.params.max_tokens is not None
-                    row = Row(frame.epoch, frame.seed, len(known), frame.params.max_tokens, len(frame.prompt_token_ids) // 4)
+                    row = Row(
+                        frame.epoch, frame.seed, len(known), frame.params.max_tokens, len(frame.prompt_token_ids) // 4
+                    )
                     row.logprobs = frame.params.logprobs is not None
                     self.rows[frame.job, choice] = row
             case Abort():
@@ -349,7 +362,7 @@ def serving(tmp_path: Path, **options: Any) -> Iterator[Service]:
 
 def write_tokenizer(folder: Path) -> Path:
     """A model folder whose token ids are bytes."""
-    letters = {letter: byte for letter, byte in BYTE_ALPHABET.items()}
+    letters = dict(BYTE_ALPHABET.items())
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     definition = {
         "version": "1.0",

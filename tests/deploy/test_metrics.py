@@ -20,7 +20,7 @@ phalanx_num_requests_running phalanx_num_requests_waiting phalanx_kv_cache_usage
 phalanx_kv_block_size_tokens phalanx_prefix_cache_hits phalanx_prefix_cache_queries phalanx_preemptions
 phalanx_startup_phase_seconds phalanx_time_to_first_token_seconds phalanx_time_per_output_token_seconds
 phalanx_request_duration_seconds phalanx_migrations phalanx_fenced_messages phalanx_replica_restarts phalanx_rejected
-""".split()
+"""
 
 
 def scrape(service: Service) -> dict[tuple[str, str], float]:
@@ -28,7 +28,7 @@ def scrape(service: Service) -> dict[tuple[str, str], float]:
     with urllib.request.urlopen(f"http://127.0.0.1:{service.ports.metrics}/metrics") as reply:
         text = reply.read().decode()
     families = list(text_string_to_metric_families(text))
-    assert set(NAMES) <= {family.name for family in families}
+    assert set(NAMES.split()) <= {family.name for family in families}
     samples = [sample for family in families for sample in family.samples]
     assert not any(sample.name.endswith("_created") for sample in samples)
     assert not any("request_id" in sample.labels for sample in samples)

@@ -62,7 +62,7 @@ def read(chunks: Iterable[pb.Chunk], start: int = 0) -> dict[int, tuple[list[int
         ended = chunk.finish if chunk.HasField("finish") else None
         seen[chunk.choice] = [*ids, *chunk.token_ids], text + chunk.text_delta, ended
     assert all(finish is not None for _, _, finish in seen.values())
-    return seen  # type: ignore[return-value]
+    return seen
 
 
 def refusal(chunks: Iterable[pb.Chunk]) -> grpc.RpcError:
@@ -191,30 +191,30 @@ def test_readers_are_bounded(inference: InferenceStub) -> None:
 
 
 REFUSED = {
-    "empty prompt": (dict(prompt_token_ids=pb.TokenIds()), "INVALID_ARGUMENT", "empty"),
+    "empty prompt": ({"prompt_token_ids": pb.TokenIds()}, "INVALID_ARGUMENT", "empty"),
     "no prompt": (None, "INVALID_ARGUMENT", "no prompt"),
-    "prompt too long": (dict(prompt_token_ids=pb.TokenIds(ids=[1] * 5000)), "OUT_OF_RANGE", "2048"),
-    "output too long": (dict(stopping=pb.Stopping(max_tokens=2045)), "OUT_OF_RANGE", "2044"),
-    "id out of range": (dict(prompt_token_ids=pb.TokenIds(ids=[256])), "INVALID_ARGUMENT", "256"),
-    "negative temperature": (dict(sampling=pb.Sampling(temperature=-1)), "INVALID_ARGUMENT", "temperature"),
-    "temperature NaN": (dict(sampling=pb.Sampling(temperature=float("nan"))), "INVALID_ARGUMENT", "temperature"),
-    "huge temperature": (dict(sampling=pb.Sampling(temperature=1e30)), "INVALID_ARGUMENT", "temperature"),
-    "infinite penalty": (dict(sampling=pb.Sampling(presence_penalty=float("inf"))), "INVALID_ARGUMENT", "presence"),
-    "top_p 0": (dict(sampling=pb.Sampling(top_p=0)), "INVALID_ARGUMENT", "top_p"),
-    "huge top_k": (dict(sampling=pb.Sampling(top_k=2**32 - 1)), "INVALID_ARGUMENT", "top_k"),
-    "n 0": (dict(sampling=pb.Sampling(num_choices=0)), "INVALID_ARGUMENT", "n (0)"),
-    "n 129": (dict(sampling=pb.Sampling(num_choices=129)), "INVALID_ARGUMENT", "128"),
-    "max_tokens 0": (dict(stopping=pb.Stopping(max_tokens=0)), "INVALID_ARGUMENT", "max_tokens"),
-    "logprobs 21": (dict(output=pb.Output(logprobs=21)), "INVALID_ARGUMENT", "20"),
+    "prompt too long": ({"prompt_token_ids": pb.TokenIds(ids=[1] * 5000)}, "OUT_OF_RANGE", "2048"),
+    "output too long": ({"stopping": pb.Stopping(max_tokens=2045)}, "OUT_OF_RANGE", "2044"),
+    "id out of range": ({"prompt_token_ids": pb.TokenIds(ids=[256])}, "INVALID_ARGUMENT", "256"),
+    "negative temperature": ({"sampling": pb.Sampling(temperature=-1)}, "INVALID_ARGUMENT", "temperature"),
+    "temperature NaN": ({"sampling": pb.Sampling(temperature=float("nan"))}, "INVALID_ARGUMENT", "temperature"),
+    "huge temperature": ({"sampling": pb.Sampling(temperature=1e30)}, "INVALID_ARGUMENT", "temperature"),
+    "infinite penalty": ({"sampling": pb.Sampling(presence_penalty=float("inf"))}, "INVALID_ARGUMENT", "presence"),
+    "top_p 0": ({"sampling": pb.Sampling(top_p=0)}, "INVALID_ARGUMENT", "top_p"),
+    "huge top_k": ({"sampling": pb.Sampling(top_k=2**32 - 1)}, "INVALID_ARGUMENT", "top_k"),
+    "n 0": ({"sampling": pb.Sampling(num_choices=0)}, "INVALID_ARGUMENT", "n (0)"),
+    "n 129": ({"sampling": pb.Sampling(num_choices=129)}, "INVALID_ARGUMENT", "128"),
+    "max_tokens 0": ({"stopping": pb.Stopping(max_tokens=0)}, "INVALID_ARGUMENT", "max_tokens"),
+    "logprobs 21": ({"output": pb.Output(logprobs=21)}, "INVALID_ARGUMENT", "20"),
     "bias twice": (
-        dict(sampling=pb.Sampling(logit_bias=[pb.LogitBias(token_id=1), pb.LogitBias(token_id=1)])),
+        {"sampling": pb.Sampling(logit_bias=[pb.LogitBias(token_id=1), pb.LogitBias(token_id=1)])},
         "INVALID_ARGUMENT",
         "twice",
     ),
-    "unknown model": (dict(model="other"), "NOT_FOUND", "'tiny'"),
-    "bad id": (dict(request_id="a b"), "INVALID_ARGUMENT", "request_id"),
-    "negative deadline": (dict(deadline={"seconds": -1}), "INVALID_ARGUMENT", "deadline"),
-    "unknown on_disconnect": (dict(on_disconnect=77), "INVALID_ARGUMENT", "on_disconnect"),
+    "unknown model": ({"model": "other"}, "NOT_FOUND", "'tiny'"),
+    "bad id": ({"request_id": "a b"}, "INVALID_ARGUMENT", "request_id"),
+    "negative deadline": ({"deadline": {"seconds": -1}}, "INVALID_ARGUMENT", "deadline"),
+    "unknown on_disconnect": ({"on_disconnect": 77}, "INVALID_ARGUMENT", "on_disconnect"),
 }
 
 
@@ -310,7 +310,9 @@ def test_status(channel: grpc.Channel, service: Service) -> None:
 def test_health(channel: grpc.Channel) -> None:
     health = health_pb2_grpc.HealthStub(channel)
     for name in ("", "inference", "model/tiny"):
-        assert health.Check(health_pb2.HealthCheckRequest(service=name)).status == health_pb2.HealthCheckResponse.SERVING
+        assert (
+            health.Check(health_pb2.HealthCheckRequest(service=name)).status == health_pb2.HealthCheckResponse.SERVING
+        )
     error = unary_refusal(health.Check, health_pb2.HealthCheckRequest(service="other"))
     assert error.code() == grpc.StatusCode.NOT_FOUND
     watch = health.Watch(health_pb2.HealthCheckRequest(service="inference"))
@@ -325,7 +327,9 @@ def test_unknown_method(channel: grpc.Channel) -> None:
 
 def test_regenerating_the_stubs_changes_nothing(tmp_path: Path) -> None:
     root = Path(__file__).parents[2]
-    subprocess.run([root / "scripts/protos", tmp_path], check=True, env={"PYTHON": sys.executable, "PATH": "/usr/bin:/bin"})
+    subprocess.run(
+        [root / "scripts/protos", tmp_path], check=True, env={"PYTHON": sys.executable, "PATH": "/usr/bin:/bin"}
+    )
     made = {path.name: path.read_text() for path in tmp_path.iterdir()}
     kept = {path.name: path.read_text() for path in (root / "phalanx/deploy/server").glob("phalanx_pb2*")}
     assert made == kept

@@ -97,7 +97,7 @@ def test_last_words_of_an_engine_are_kept(service: Service) -> None:
 
 
 async def _call(function: object, *args: object) -> None:
-    function(*args)  # type: ignore[operator]
+    function(*args)
 
 
 def test_duplicates_and_stale_epochs_are_dropped(service: Service) -> None:

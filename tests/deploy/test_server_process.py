@@ -46,8 +46,8 @@ def started(tmp_path: Path) -> Iterator[Any]:
 
     yield start
     for process in processes:
-        process.kill()
-        process.communicate()
+        with process:
+            process.kill()
 
 
 def test_ends_with_its_supervisor(started: Any) -> None:

@@ -15,8 +15,6 @@ from phalanx.runtime.sampling_params import SamplingParams
 OnDisconnect = Literal["cancel", "cancel_after_grace", "detach"]
 JobState = Literal["queued", "running", "finished"]
 
-_canonical = msgspec.msgpack.Encoder(order="deterministic")
-
 
 class JobRequest(msgspec.Struct, frozen=True, kw_only=True):
     """A validated request.
@@ -51,9 +49,11 @@ def body_digest(prompt_token_ids: bytes, params: SamplingParams, priority: int) 
     """What makes two submits of one id the same.
 
     A drawn seed, the deadline and `on_disconnect` belong to the call: a client that tries again has less time left.
-    Hashed from canonical msgpack, because the encoding of a protobuf message is not unique.
+    Hashed from the checked fields, because the encoding of a protobuf message is not unique.
     """
-    return hashlib.blake2b(_canonical.encode([prompt_token_ids, params, priority]), digest_size=16).digest()
+    fields = msgspec.structs.asdict(params) | {"logit_bias": sorted(params.logit_bias.items())}
+    body = msgspec.msgpack.encode([prompt_token_ids, list(fields.values()), priority])
+    return hashlib.blake2b(body, digest_size=16).digest()
 
 
 def pack_ids(token_ids: Sequence[int]) -> bytes:

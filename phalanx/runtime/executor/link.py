@@ -76,7 +76,7 @@ class LinkExecutor:
     def poll(self, timeout_s: float, wake: HasFileno | None = None) -> list[StepResult]:
         """Results that have arrived; see `Executor.poll`."""
         results = []
-        ready = wait([*self._connections, *([wake] if wake else [])], timeout_s)
+        ready = wait([*self._connections, *([wake.fileno()] if wake else [])], timeout_s)
         now = time.monotonic()
         for connection in ready:
             if not isinstance(connection, Connection):

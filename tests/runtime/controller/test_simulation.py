@@ -54,18 +54,33 @@ def test_same_seed_same_trace() -> None:
 MUTANTS: dict[str, tuple[type, str, str, str]] = {
     "no epoch check": (Core, "_take", "row.epoch != job.epoch", "False"),
     "no incarnation check": (Replica, "accepts", "incarnation == self.incarnation", "True"),
-    "repeated positions appended": (Choice, "_append", "num_known = self.num_tokens - row.first_position", "num_known = 0"),
+    "repeated positions appended": (
+        Choice,
+        "_append",
+        "num_known = self.num_tokens - row.first_position",
+        "num_known = 0",
+    ),
     "rows ahead appended": (Choice, "take", "row.first_position > self.num_tokens", "False"),
     "rows ahead dropped": (Choice, "take", "self.held.append(row)", "pass"),
     "held rows survive a move": (Job, "unplace", "choice.held.clear()", "pass"),
     "old incarnation may connect": (Fleet, "hello", "hello.incarnation < replica.incarnation", "False"),
     "incarnation used twice": (Fleet, "hello", "replica.hello is not None", "False"),
-    "rows after the finish": (Core, "_take", "choice.finish is not None:\n        self.meters.fenced", "False:\n        self.meters.fenced"),
+    "rows after the finish": (
+        Core,
+        "_take",
+        "choice.finish is not None:\n        self.meters.fenced",
+        "False:\n        self.meters.fenced",
+    ),
     "epoch survives the fence": (Job, "unplace", "self.epoch = 0", "pass"),
     "no lease": (Fleet, "lapsed", "silent_s > lease_s", "False"),
-    "jobs of a lost link stay": (Fleet, "disconnected", "self._lose(replica, \"link\", error)", "[]"),
+    "jobs of a lost link stay": (Fleet, "disconnected", 'self._lose(replica, "link", error)', "[]"),
     "submit is not idempotent": (Core, "_submit", "known is not None", "False"),
-    "outputs flattened away": (Job, "place", "pack_ids(choice.output.token_ids)", "pack_ids(choice.output.token_ids[1:])"),
+    "outputs flattened away": (
+        Job,
+        "place",
+        "pack_ids(choice.output.token_ids)",
+        "pack_ids(choice.output.token_ids[1:])",
+    ),
     "a stopped choice runs on": (Core, "_take", "replica.num_choices -= 1", "pass"),
 }
 

@@ -152,7 +152,9 @@ class World:
             if self.now > self.quiet_at + 4 and self.core.num_live == 0:
                 break
         for job in self.core.jobs.values():
-            assert job.state == "finished", f"{job.request.request_id} is {job.state} on {job.replica} at {self.now:.1f}"
+            assert job.state == "finished", (
+                f"{job.request.request_id} is {job.state} on {job.replica} at {self.now:.1f}"
+            )
         for reader in self.readers:
             reader.read()
             reader.compare()

@@ -8,25 +8,30 @@
 
 namespace {
 
-constexpr int PANEL = TILE;
+#ifndef PV
+#define PV 2
+#define PR 12
+#endif
+constexpr int VECTORS = PV, PANEL = VECTORS * LANES;
+constexpr int ROWS = PR;
 constexpr int ITEM_ROWS = 192;  // rows of one work item
 
 template <class T, int R>
 void panel_rows(const T* x, const float* panel, const float* ahead, int lines, const float* bias, T* y, long k, long n, int columns) {
     const int num_words = words<T>(k);
-    vec acc[R][4] = {};
+    vec acc[R][VECTORS] = {};
     const float* row[R];
     UNROLL for (int r = 0; r < R; ++r) row[r] = (const float*)(x + r * k);
     for (int w = 0; w < num_words; ++w) {
         for (int i = 0; i < lines; ++i) __builtin_prefetch(ahead + (w * lines + i) * LANES, 0, 2);
-        vec weight[4];
-        UNROLL for (int v = 0; v < 4; ++v) weight[v] = load(panel + w * PANEL + v * LANES);
+        vec weight[VECTORS];
+        UNROLL for (int v = 0; v < VECTORS; ++v) weight[v] = load(panel + w * PANEL + v * LANES);
         UNROLL for (int r = 0; r < R; ++r) {
             const vec value = broadcast(row[r][w]);
-            UNROLL for (int v = 0; v < 4; ++v) acc[r][v] = dot_word(acc[r][v], value, weight[v], (const T*)nullptr);
+            UNROLL for (int v = 0; v < VECTORS; ++v) acc[r][v] = dot_word(acc[r][v], value, weight[v], (const T*)nullptr);
         }
     }
-    UNROLL for (int v = 0; v < 4; ++v) {
+    UNROLL for (int v = 0; v < VECTORS; ++v) {
         const int left = columns - v * LANES;
         if (left <= 0) return;
         const vec b = bias ? load_part(bias + v * LANES, left) : vec{};
@@ -42,13 +47,14 @@ void linear(const T* x, const float* packed, const float* bias, T* y, long m, lo
     for (long i; (i = next.fetch_add(1)) < panels * blocks;) {
         const long panel = i / blocks, first = i % blocks * ITEM_ROWS, last = std::min(first + ITEM_ROWS, m);
         const int columns = std::min<long>(n - panel * PANEL, PANEL);
-        const long groups = (last - first + SCORE_ROWS - 1) / SCORE_ROWS;
+        const long groups = (last - first + ROWS - 1) / ROWS;
         for (long g = 0; g < groups; ++g) {  // rows as even as possible: 8 is 4 + 4, not 6 + 2
             const long from = first + (last - first) * g / groups, to = first + (last - first) * (g + 1) / groups;
-            const int lines = groups == 1 || g >= 4 || panel + 1 == panels ? 0 : groups < 4 ? 2 : 1;
+            const long parts = std::min<long>(groups, VECTORS), start = VECTORS * g / parts;
+            const int lines = groups == 1 || g >= parts || panel + 1 == panels ? 0 : VECTORS * (g + 1) / parts - start;
             const long size = PANEL * words<T>(k);
-            with_int<SCORE_ROWS>(to - from, [&](auto rows) {
-                panel_rows<T, rows.value>(x + from * k, packed + panel * size, packed + (panel + 1) * size + g * words<T>(k) * lines * LANES, lines, bias ? bias + panel * PANEL : nullptr,
+            with_int<ROWS>(to - from, [&](auto rows) {
+                panel_rows<T, rows.value>(x + from * k, packed + panel * size, packed + (panel + 1) * size + start * words<T>(k) * LANES, lines, bias ? bias + panel * PANEL : nullptr,
                                           y + from * n + panel * PANEL, k, n, columns);
             });
         }
