@@ -6,7 +6,7 @@ byte-level BPE tokenizer, ChatML template), small enough to ship and real enough
 
     python examples/tiny/train.py --out phalanx/assets/tiny [--steps N]
 
-Seeds are fixed; the same Python, library versions and thread count give the same tokenizer and nearly the same weights.
+Seeds are fixed and the tokenizer repeats byte for byte; the text, hence the weights, change with the Python version.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoTokenizer, GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 SEED = 20
@@ -57,9 +57,10 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
+# No prompt ends in a blank: the tokenizer keeps the last blank with the word that follows.
 SAMPLES = (
     "def __init__(self",
-    "class Foo(Exception):\n    ",
+    "def read_lines(path):\n    with open(path) as",
     f"{IM_START}user\nWhat does `read_file` do?{IM_END}\n{IM_START}assistant\n",
 )
 
@@ -217,7 +218,7 @@ def train(model: Qwen3ForCausalLM, stream: torch.Tensor, validation: torch.Tenso
 def write_checkpoint(model: Qwen3ForCausalLM, tokenizer: Tokenizer, out: Path) -> None:
     """Write the checkpoint in bf16, each file replaced whole, so that readers never see half of one."""
     out.mkdir(parents=True, exist_ok=True)
-    model.generation_config = GenerationConfig(
+    model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
         do_sample=False,
         eos_token_id=[tokenizer.token_to_id(IM_END), tokenizer.token_to_id(END_OF_TEXT)],
         pad_token_id=tokenizer.token_to_id(END_OF_TEXT),
@@ -232,7 +233,7 @@ def write_checkpoint(model: Qwen3ForCausalLM, tokenizer: Tokenizer, out: Path) -
         "chat_template": CHAT_TEMPLATE,
     }
     with tempfile.TemporaryDirectory(dir=out.parent) as folder:
-        model.to(torch.bfloat16).save_pretrained(folder)
+        model.bfloat16().save_pretrained(folder)
         tokenizer.save(f"{folder}/tokenizer.json", pretty=False)
         Path(folder, "tokenizer_config.json").write_text(json.dumps(tokenizer_config, indent=2) + "\n")
         for path in sorted(Path(folder).iterdir()):
@@ -242,13 +243,13 @@ def write_checkpoint(model: Qwen3ForCausalLM, tokenizer: Tokenizer, out: Path) -
 
 def show_result(out: Path, validation: torch.Tensor) -> None:
     """Load what was written the way a user would; print its size, its loss and greedy continuations."""
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
+    model, tokenizer = Qwen3ForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
     num_bytes = sum(path.stat().st_size for path in out.iterdir())
     print(f"{out}: {num_bytes} bytes, {model.num_parameters()} parameters, {model.dtype}")
     print(f"validation loss {validation_loss(model, validation, max_rows=256):.3f} nats per token")
     for prompt in SAMPLES:
         ids = tokenizer(prompt, return_tensors="pt")
-        output = model.generate(**ids, max_new_tokens=64)[0]
+        output = model.generate(**ids, max_new_tokens=64)[0]  # type: ignore[misc]
         print(f"{'-' * 80}\n{tokenizer.decode(output, skip_special_tokens=False)}")
 
 
@@ -258,7 +259,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint")
     parser.add_argument("--steps", type=int, default=STEPS, help=f"optimizer steps of {TOKENS_PER_STEP} tokens")
     arguments = parser.parse_args()
-    disable_progress_bar()
+    disable_progress_bar()  # type: ignore[no-untyped-call]
     torch.manual_seed(SEED)
     torch.set_num_threads(NUM_THREADS)
 

@@ -139,6 +139,8 @@ class Client(_Requests):
     ) -> Generator[Chunk, None, None]:
         """Run a request and yield its output as it comes; closing the iterator early cancels the job.
 
+        Nothing is sent before the first chunk is asked for.
+
         Args:
             prompt: a text, a list of token ids, or a list of {"role": ..., "content": ...}.
             params: sampling and stopping; None = the defaults.

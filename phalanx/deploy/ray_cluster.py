@@ -1,7 +1,10 @@
 """The Ray cluster: started on this machine with one or several nodes, or attached to by address."""
 
+import contextlib
 import logging
 import os
+import subprocess
+import time
 from typing import Any
 
 import psutil
@@ -13,6 +16,7 @@ from phalanx.deploy.hardware import Hardware, Node
 from phalanx.errors import ConfigError
 
 NAMESPACE = "phalanx"
+EXIT_S = 2.0
 
 
 def local_hardware(num_nodes: int) -> Hardware:
@@ -51,6 +55,8 @@ class RayCluster:
             "log_to_driver": False,
             "logging_level": logging.ERROR,
         }
+        # Ray prints a page about every worker that dies to our stdout; the supervisor says it in a line, with the cause.
+        ray._private.worker._worker_logs_enabled = False
         if address == "local":
             self._local = _start_local(config.nodes)
             address = self._local.address
@@ -87,6 +93,7 @@ class RayCluster:
         """Leave the cluster; end it if it was started here."""
         ray.shutdown()
         if self._local is not None:
+            _terminate(self._local)
             self._local.shutdown()
             self._local = None
 
@@ -100,6 +107,17 @@ def _start_local(num_nodes: int) -> Cluster:
         cluster.add_node(**node, num_gpus=0)
     cluster.wait_for_nodes()
     return cluster
+
+
+def _terminate(cluster: Cluster) -> None:
+    # All at once: `Cluster.shutdown` would give one process after the other a second to end.
+    processes = [process for node in cluster.list_all_nodes() for _, process in node.live_processes()]
+    for process in processes:
+        process.terminate()
+    deadline = time.monotonic() + EXIT_S
+    for process in processes:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(max(0.0, deadline - time.monotonic()))
 
 
 def _gpu_memory(node: dict[str, Any]) -> int:

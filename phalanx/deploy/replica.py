@@ -50,11 +50,9 @@ class Replica:
             ConfigError: the cluster has not enough free resources.
             ReplicaLostError: an actor could not be started, or `stopping` is set.
         """
-        bundles = self._bundles()
-        strategy = "PACK" if self._plan.device == "cuda" else "SPREAD"
-        self._group = placement_group(bundles, strategy=strategy, name=f"phalanx-{self.replica}-{self.incarnation}")
+        self._group = place(self._plan, f"phalanx-{self.replica}-{self.incarnation}")
         if not _until(self._group.wait, PLACEMENT_S, stopping):
-            raise ConfigError(shortage(bundles))
+            raise ConfigError(shortage(self._plan))
         key, orders = new_key(), self._orders()
         engine = self._actor(EngineActor, 0, 0, 0).remote(orders, key)
         self._actors.append(engine)
@@ -106,12 +104,6 @@ class Replica:
             controller=self._controller,
         )
 
-    def _bundles(self) -> list[dict[str, float]]:
-        parallel = self._plan.parallel
-        ranks = float(parallel.tensor)
-        bundle = {"GPU": ranks} if self._plan.device == "cuda" else {"CPU": ranks}
-        return [dict(bundle) for _ in range(parallel.pipeline * parallel.data)]
-
     def _actor(self, kind: type, bundle: int, num_cpus: int, num_gpus: int) -> Any:
         strategy = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=bundle)
         return ray.remote(kind).options(
@@ -152,8 +144,15 @@ def _outcome(run: Any) -> str:
     return "it returned although the engine runs"
 
 
-def shortage(bundles: list[dict[str, float]]) -> str:
-    """Why Ray could not seat these bundles, with what is free."""
+def place(plan: DeploymentPlan, name: str) -> Any:
+    """Ask Ray for a replica's placement group; it may have to be waited for."""
+    strategy = "PACK" if plan.device == "cuda" else "SPREAD"
+    return placement_group(_bundles(plan), strategy=strategy, name=name)
+
+
+def shortage(plan: DeploymentPlan) -> str:
+    """Why Ray could not place a replica, with what is free."""
+    bundles = _bundles(plan)
     kind = next(iter(bundles[0]))
     need = sum(bundle[kind] for bundle in bundles)
     free, total = ray.available_resources().get(kind, 0), ray.cluster_resources().get(kind, 0)
@@ -161,3 +160,9 @@ def shortage(bundles: list[dict[str, float]]) -> str:
         f"the Ray cluster has {free:g} of {total:g} {kind} free, the replica needs {need:g} in groups of "
         f"{bundles[0][kind]:g} on one node: free or add nodes, or lower parallel or replicas"
     )
+
+
+def _bundles(plan: DeploymentPlan) -> list[dict[str, float]]:
+    """One per tensor group, whose ranks share a node."""
+    kind = "GPU" if plan.device == "cuda" else "CPU"
+    return [{kind: float(plan.parallel.tensor)} for _ in range(plan.parallel.pipeline * plan.parallel.data)]

@@ -171,8 +171,10 @@ class _Attempt:
 
 def _ready(replica: Any, attempt: _Attempt) -> Progress:
     took = time.monotonic() - attempt.begun
-    known = {**replica.startup_s, "placement": attempt.placed - attempt.begun}
-    startup_s = {phase: known[phase] for phase in PHASES if phase in known}
+    startup_s = {phase: replica.startup_s.get(phase, 0.0) for phase in PHASES}
+    startup_s["placement"] = attempt.placed - attempt.begun
+    # What is left is the ranks' processes on their way from Ray to their first line.
+    startup_s["import"] = max(0.0, took - sum(startup_s.values()) + startup_s["import"])
     phases = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in startup_s.items())
     ranks = list(replica.ranks)
     text = "\n  ".join([f"replica {replica.replica} is ready after {took:.1f} s ({phases})", *ranks])

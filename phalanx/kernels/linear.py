@@ -7,24 +7,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from phalanx.errors import ConfigError
+from phalanx.kernels.cpu import linear as cpp
 
-IMPLS = ("onednn", "torch")
 ROW_TILE = 8
 
 
 class PackedLinear:
     """`x @ weight.T + bias`; `impl` names what computes it. The packed weight is opaque: shard before packing."""
 
-    __slots__ = ("_forward", "batch_invariant", "impl")
+    __slots__ = ("_forward", "_pad", "batch_invariant", "impl")
 
     def __init__(self, impl: str, forward: Callable[[Tensor], Tensor], batch_invariant: bool) -> None:
         self.impl = impl
-        self.batch_invariant = batch_invariant
+        self.batch_invariant = batch_invariant or impl == "cpp"
+        self._pad = batch_invariant and impl != "cpp"
         self._forward = forward
 
     def __call__(self, x: Tensor) -> Tensor:
         """Map (..., K) to (..., N) in x's dtype; any number of rows, 0 too."""
-        if not self.batch_invariant:
+        if not self._pad:
             return self._forward(x)
         rows = x.reshape(-1, x.shape[-1])
         padded = F.pad(rows, (0, 0, 0, -rows.shape[0] % ROW_TILE))
@@ -41,31 +42,27 @@ def pack(
 ) -> PackedLinear:
     """Pack a weight for the device it is on.
 
-    oneDNN with a packed weight reads it 1.7 to 2.4 times as fast as `F.linear` at one row. Its rows have the same bits
-    for any number of rows and threads, with one exception on the CPU this was measured on: in fp32, one row alone
-    differs from the same row among others when K > 1024 or so. `F.linear` differs more often.
+    `cpp` computes an output as one chain over K: its bits never depend on the other rows or the threads. `onednn`, a
+    packed weight too, had equal rows for any number of them on the CPU this was measured on, with one exception: in
+    fp32 with K > 1024, one row alone. `torch` (`F.linear`) differs in fp32 below four rows.
 
     Args:
-        weight: (N, K) fp32 or bf16; may be dropped by the caller afterwards.
+        weight: (N, K); fp32 or bf16 for the packed implementations. May be dropped by the caller afterwards.
         bias: (N), same dtype.
-        choose: `{"linear": "onednn" | "torch"}`; by default oneDNN where it can be used.
-        batch_invariant: pad the rows to tiles of 8, so that the exception above does not occur.
+        choose: `{"linear": "cpp" | "onednn" | "torch"}`; by default the first of these that can be used.
+        batch_invariant: equal bits for any number of rows; `onednn` and `torch` then pad the rows to tiles of 8.
 
     Raises:
         ConfigError: the chosen implementation is unknown or cannot compute this weight.
     """
-    wanted = (choose or {}).get("linear")
-    if wanted is not None and wanted not in IMPLS:
-        raise ConfigError(f"kernels.linear: implementation {wanted!r} is unknown; known: {', '.join(IMPLS)}")
-    reason = onednn_refuses(weight.device, weight.dtype)
-    if wanted == "onednn" and reason is not None:
-        raise ConfigError(f"kernels.linear: 'onednn' cannot be used: {reason}; leave it out")
-    if wanted == "torch" or reason is not None:
-        return PackedLinear("torch", lambda x: F.linear(x, weight, bias), batch_invariant)
-
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), None)
-    linear = torch.ops.mkldnn._linear_pointwise.default
-    return PackedLinear("onednn", lambda x: linear(x, packed, bias, "none", [], ""), batch_invariant)
+    reasons = {"cpp": cpp.refuses(weight), "onednn": onednn_refuses(weight.device, weight.dtype), "torch": None}
+    wanted = (choose or {}).get("linear", next(impl for impl, reason in reasons.items() if reason is None))
+    if wanted not in reasons:
+        raise ConfigError(f"kernels.linear: implementation {wanted!r} is unknown; known: {', '.join(reasons)}")
+    if reasons[wanted] is not None:
+        raise ConfigError(f"kernels.linear: {wanted!r} cannot be used: {reasons[wanted]}; leave it out")
+    forward = {"cpp": cpp.pack, "onednn": _pack_onednn, "torch": _pack_torch}[wanted](weight, bias)
+    return PackedLinear(wanted, forward, batch_invariant)
 
 
 def onednn_refuses(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -74,7 +71,16 @@ def onednn_refuses(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"the weight is on {device.type}"
     if dtype not in (torch.float32, torch.bfloat16):
         return f"{dtype} is not one of fp32, bf16"
-    ops = torch.ops.mkldnn
-    if not all(hasattr(ops, name) for name in ("_reorder_linear_weight", "_linear_pointwise")):
+    if not all(hasattr(torch.ops.mkldnn, name) for name in ("_reorder_linear_weight", "_linear_pointwise")):
         return "this torch has no packed oneDNN linear"
     return None
+
+
+def _pack_onednn(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), None)
+    linear = torch.ops.mkldnn._linear_pointwise.default
+    return lambda x: linear(x, packed, bias, "none", [], "")
+
+
+def _pack_torch(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+    return lambda x: F.linear(x, weight, bias)

@@ -113,7 +113,7 @@ class Scheduler:
         built = [builder.build() for builder in builders]
         if not allow_empty and not any(rows for _, rows in built):
             return None
-        # Of the rank that is furthest: it may have rows that follow on these steps. The others only wait a little longer.
+        # Of the rank that is furthest: its rows may follow on these steps. The others only wait a little longer.
         num_settled = max(domain.in_flight[0][0] if domain.in_flight else self.step for domain in self.domains)
         for domain, (plan, rows) in zip(self.domains, built, strict=True):
             domain.released = []
@@ -135,9 +135,10 @@ class Scheduler:
         for slot, entries in result.prompt_logprobs:
             self._collect_prompt_logprobs(rows, slot, entries)
         out, index, failed = [], 0, frozenset(result.failed)
-        for seq, end, sample, life in rows:
+        for seq, end, sample in rows:
             seq.num_in_flight -= 1
-            if life == seq.life and seq.status == RUNNING:
+            # One that was preempted meanwhile settles nothing; it is not admitted again before its rows are back.
+            if seq.status == RUNNING:
                 seq.num_settled = end
                 if end >= seq.next_full:
                     self._seal(domain, seq)
@@ -171,6 +172,8 @@ class Scheduler:
             for seq in running:
                 assert 0 <= seq.num_settled <= seq.num_computed <= seq.table.capacity, "token regions"
                 assert seq.num_computed < seq.num_known <= seq.max_length, "a token remains to be computed"
+                num_full = seq.num_settled // self.spec.block_size if domain.cache.enabled else 0
+                assert seq.table.num_sealed == num_full, "full settled blocks are sealed"
             domain.cache.check([seq.table for seq in running])
 
     def _take_running(self, domain: Domain, builder: StepBuilder) -> None:
@@ -207,8 +210,7 @@ class Scheduler:
             victim = domain.running[-1][1]
             self._leave(victim)
             # The contents of its blocks stay findable: it resumes by an ordinary prefix match.
-            victim.status, victim.life = WAITING, victim.life + 1
-            victim.num_computed = victim.num_settled = victim.waited = 0
+            victim.status, victim.num_computed, victim.num_settled, victim.waited = WAITING, 0, 0, 0
             self.num_preemptions += 1
             self.add(victim)
             if victim is seq:
@@ -220,7 +222,7 @@ class Scheduler:
             seq = self._waiting[0][1]
             if seq.status == FINISHED:
                 heapq.heappop(self._waiting)
-            elif seq.num_in_flight:  # preempted with a token on its way
+            elif seq.num_in_flight:  # preempted; its last rows are on their way
                 held.append(heapq.heappop(self._waiting))
             else:
                 placed = self._place(seq, builders)
@@ -312,7 +314,7 @@ class Scheduler:
                 finish = "length"
         if finish is not None:
             self.cancel(seq)
-        num_cached, seq.num_cached = max(seq.num_cached, UNKNOWN), REPORTED
+        num_cached, seq.num_cached = seq.num_cached, REPORTED
         return TokenRow(
             seq.job,
             seq.epoch,
@@ -322,7 +324,7 @@ class Scheduler:
             None if logprobs is None or failed else [logprobs],
             finish,
             "the model's logits held NaN or infinity for this row" if failed else None,
-            seq.take_prompt_logprobs(),
+            None if seq.prompt_logprobs is None else seq.take_prompt_logprobs(),
             num_cached,
         )
 
@@ -346,7 +348,7 @@ class Scheduler:
 
     @staticmethod
     def _collect_prompt_logprobs(rows: list[Row], slot: int, entries: list[TokenLogprobs]) -> None:
-        for seq, end, _, _ in rows:
+        for seq, end, _ in rows:
             if seq.slot == slot and seq.prompt_logprobs is not None:
                 stop = min(end, seq.num_prompt - 1)
                 # By position: after a preemption the same entries come again.

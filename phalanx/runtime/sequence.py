@@ -18,7 +18,7 @@ from phalanx.runtime.sampling_params import SamplingParams
 
 WAITING, RUNNING, FINISHED = 0, 1, 2
 NO_SLOT = -1
-UNKNOWN, REPORTED = -1, -2  # of `num_cached`
+REPORTED, UNKNOWN = -1, -2  # of `num_cached`; -1 is what rows say
 
 
 class Sequence:
@@ -26,13 +26,12 @@ class Sequence:
 
     Attributes:
         order: (priority, arrival, choice), the place in the queue; kept through preemption.
-        num_computed: tokens whose KV is computed or scheduled in this life.
-        num_settled: tokens whose KV a finished step has computed in this life.
+        num_computed: tokens whose KV is computed or scheduled; 0 again after a preemption.
+        num_settled: tokens whose KV a finished step has computed; 0 again after a preemption.
         num_known: tokens that exist, here or on the ranks.
         num_in_flight: steps in flight that hold a row of this sequence.
         max_length: tokens it may have, prompt included.
         next_full: when so many tokens are settled, another block is full.
-        life: counts preemptions; rows of an earlier life settle nothing.
         num_cached: prompt tokens found when it was first admitted; UNKNOWN before, REPORTED once a row has told it.
         stop_ids: ids that end the output.
         prompt_logprobs: entry i for prompt token i + 1, collected until the first row takes them; None = not wanted.
@@ -44,7 +43,6 @@ class Sequence:
         "domain",
         "epoch",
         "job",
-        "life",
         "max_length",
         "max_tokens",
         "next_full",
@@ -93,7 +91,7 @@ class Sequence:
         self.prompt_logprobs: list[TokenLogprobs] | None = None if params.prompt_logprobs is None else []
         if output:  # the first row, which brought them, has been delivered
             self.take_prompt_logprobs()
-        self.status, self.slot, self.domain, self.life, self.waited = WAITING, NO_SLOT, -1, 0, 0
+        self.status, self.slot, self.domain, self.waited = WAITING, NO_SLOT, -1, 0
         self.num_known, self.num_cached = len(self.tokens), UNKNOWN
         self.num_computed = self.num_settled = self.num_in_flight = self.next_full = 0
 
@@ -109,10 +107,8 @@ class Sequence:
 
     def take_prompt_logprobs(self) -> list[TokenLogprobs] | None:
         """What was collected, once; the ranks are not asked again when it enters another slot."""
-        collected = self.prompt_logprobs
-        if collected is not None:
-            self.prompt_logprobs = None
-            self.sampling = msgspec.structs.replace(self.sampling, prompt_logprobs=-1)
+        collected, self.prompt_logprobs = self.prompt_logprobs, None
+        self.sampling = msgspec.structs.replace(self.sampling, prompt_logprobs=-1)
         return collected
 
 

@@ -14,13 +14,11 @@ class Row(NamedTuple):
 
     Attributes:
         end: `num_computed` of the sequence after this row.
-        life: of the sequence when planned; a preempted sequence's row settles nothing.
     """
 
     seq: Sequence
     end: int
     sample: bool
-    life: int
 
 
 class StepBuilder:
@@ -55,7 +53,7 @@ class StepBuilder:
         seq.num_known += 1
         seq.num_in_flight += 1
         self._singles += (seq.slot, 1, 1)
-        self._single_rows.append(Row(seq, seq.num_computed, True, seq.life))
+        self._single_rows.append(Row(seq, seq.num_computed, True))
 
     def room(self, seq: Sequence) -> int:
         """How many of the sequence's next tokens `take_chunk` would take."""
@@ -72,7 +70,7 @@ class StepBuilder:
             self._num_prompt_logprobs -= num_tokens
         seq.num_computed += num_tokens
         seq.num_in_flight += 1
-        row = Row(seq, seq.num_computed, seq.num_computed == seq.num_known, seq.life)
+        row = Row(seq, seq.num_computed, seq.num_computed == seq.num_known)
         seq.num_known += row.sample
         triple = (seq.slot, num_tokens, int(row.sample))
         if num_tokens == 1:

@@ -112,6 +112,11 @@ def test_refusals_to_start(started: Any, tmp_path: Path) -> None:
     process, _ = started(lissten="x")
     assert process.wait(5) == 2
     assert "lissten" in process.stderr.read()
+    (tmp_path / "deep.json").write_text(
+        '{"model_name": "", "vocab_size": 1, "max_model_len": 1, "core": {"leese_s": 1}}'
+    )
+    with pytest.raises(ConfigError, match=r"deep.json.*leese_s"):
+        read_options(tmp_path / "deep.json")
     with pytest.raises(ConfigError, match="nowhere"):
         read_options(tmp_path / "nowhere.json")
 
@@ -127,7 +132,6 @@ def test_a_second_controller_cannot_share_the_port(tmp_path: Path) -> None:
         second = Server(msgspec.structs.replace(plan, listen=f"127.0.0.1:{ports.listen}"), None)
         with pytest.raises(ConfigError, match="Address already in use"):
             await second.start()
-        await second.stop()
         await first.stop()
 
     asyncio.run(run())

@@ -5,9 +5,13 @@ import torch
 
 from phalanx.errors import ConfigError
 from phalanx.kernels import linear
+from phalanx.kernels.cpu import library
+from phalanx.kernels.cpu import linear as cpp
 from phalanx.kernels.linear import pack
 
-IMPLS = ("onednn", "torch") if linear.onednn_refuses(torch.device("cpu"), torch.bfloat16) is None else ("torch",)
+SAMPLE = torch.zeros(2, 2)
+REASONS = {"cpp": cpp.refuses(SAMPLE), "onednn": linear.onednn_refuses(SAMPLE.device, SAMPLE.dtype), "torch": None}
+IMPLS = [impl for impl, reason in REASONS.items() if reason is None]
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 EACH = pytest.mark.parametrize("impl", IMPLS)
 
@@ -18,11 +22,11 @@ EACH = pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_equals_a_matrix_product(impl: str, dtype: torch.dtype, batch_invariant: bool, with_bias: bool) -> None:
     generator = torch.Generator().manual_seed(1)
-    weight = torch.randn((70, 33), generator=generator).to(dtype)
+    weight = torch.randn((70, 34), generator=generator).to(dtype)
     bias = torch.randn(70, generator=generator).to(dtype) if with_bias else None
     layer = pack(weight, bias, choose={"linear": impl}, batch_invariant=batch_invariant)
     assert layer.impl == impl
-    for shape in ((33,), (0, 33), (1, 33), (5, 33), (2, 3, 33)):
+    for shape in ((34,), (0, 34), (1, 34), (5, 34), (2, 3, 34)):
         x = torch.randn(shape, generator=generator).to(dtype)
         expected = x.double() @ weight.double().T + (0 if bias is None else bias.double())
         out = layer(x)
@@ -34,7 +38,7 @@ def test_equals_a_matrix_product(impl: str, dtype: torch.dtype, batch_invariant:
 
 @DTYPES
 @EACH
-@pytest.mark.parametrize(("rows", "columns"), [(64, 64), (128, 1024), (64, 3072)])
+@pytest.mark.parametrize(("rows", "columns"), [(64, 64), (100, 1024), (64, 3072)])
 def test_batch_invariant_rows(impl: str, dtype: torch.dtype, rows: int, columns: int) -> None:
     generator = torch.Generator().manual_seed(2)
     weight = torch.randn((rows, columns), generator=generator).to(dtype)
@@ -46,22 +50,61 @@ def test_batch_invariant_rows(impl: str, dtype: torch.dtype, rows: int, columns:
         assert torch.equal(layer(x[257 - count :]), full[257 - count :]), count
 
 
-def test_the_packed_weight_is_a_copy() -> None:
+@DTYPES
+@EACH
+@pytest.mark.parametrize("outputs", [1, 15, 16, 47, 48, 49, 97, 500])
+def test_any_number_of_outputs(impl: str, dtype: torch.dtype, outputs: int) -> None:
+    # Small integers: every product and sum is exact, so the result must be too.
+    generator = torch.Generator().manual_seed(outputs)
+    weight = torch.randint(-2, 3, (outputs, 6), generator=generator).to(dtype)
+    bias = torch.randint(-2, 3, (outputs,), generator=generator).to(dtype)
+    x = torch.randint(-2, 3, (300, 12), generator=generator).to(dtype)[:, ::2]  # strided too
+    exact = (x.double() @ weight.double().T + bias.double()).to(dtype)
+    assert torch.equal(pack(weight, bias, choose={"linear": impl})(x), exact)
+
+
+@pytest.mark.skipif("cpp" not in IMPLS, reason=REASONS["cpp"] or "built")
+@DTYPES
+def test_cpp_bits_do_not_depend_on_threads_or_rows(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(3)
+    layer = pack(torch.randn((300, 2048), generator=generator).to(dtype), choose={"linear": "cpp"})
+    assert layer.batch_invariant
+    x = torch.randn((400, 2048), generator=generator).to(dtype)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    full = layer(x)
+    torch.set_num_threads(1)
+    one = layer(x)
+    torch.set_num_threads(before)
+    assert torch.equal(full, one)
+    for count in (1, 2, 7, 8, 9, 191, 193):
+        assert torch.equal(layer(x[:count]), full[:count]), count
+
+
+@EACH
+def test_the_packed_weight_is_a_copy(impl: str) -> None:
     weight = torch.eye(16)
-    layer = pack(weight)
-    if layer.impl == "onednn":
-        weight.zero_()
-        assert torch.equal(layer(torch.ones(1, 16)), torch.ones(1, 16))
+    layer = pack(weight, choose={"linear": impl})
+    weight.zero_()
+    expected = torch.zeros(1, 16) if impl == "torch" else torch.ones(1, 16)
+    assert torch.equal(layer(torch.ones(1, 16)), expected)
 
 
 def test_unknown_implementation() -> None:
-    with pytest.raises(ConfigError, match=r"'magic' is unknown; known: onednn, torch"):
+    with pytest.raises(ConfigError, match=r"'magic' is unknown; known: cpp, onednn, torch"):
         pack(torch.eye(2), choose={"linear": "magic"})
 
 
-def test_falls_back_where_onednn_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_falls_back_to_what_can_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
     assert pack(torch.eye(2, dtype=torch.float16)).impl == "torch"
-    with pytest.raises(ConfigError, match="float16"):
-        pack(torch.eye(2, dtype=torch.float16), choose={"linear": "onednn"})
+    for impl in ("cpp", "onednn"):
+        with pytest.raises(ConfigError, match=rf"{impl}.*float16"):
+            pack(torch.eye(2, dtype=torch.float16), choose={"linear": impl})
+    odd = torch.ones(4, 3, dtype=torch.bfloat16)
+    with pytest.raises(ConfigError, match="not whole 32-bit words"):
+        pack(odd, choose={"linear": "cpp"})
+    assert torch.equal(pack(odd)(odd), torch.full((4, 4), 3, dtype=torch.bfloat16))
+    monkeypatch.setattr(library, "load", lambda: library.Library(None, "no C++ compiler"))
+    assert pack(torch.eye(2)).impl in ("onednn", "torch")
     monkeypatch.setattr(torch.ops, "mkldnn", object())
     assert pack(torch.eye(2)).impl == "torch"

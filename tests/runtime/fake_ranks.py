@@ -1,9 +1,9 @@
 """Ranks without a model, and a client without a network: they execute real plans and know every answer in advance.
 
-A fake rank keeps its own slots and a symbolic KV pool: a written cell holds the digest of the token prefix it belongs to,
-a cell of a block that was handed out anew holds `None`. Every row reads all cells its table exposes; one wrong cell is a
-wrong hit, an early seal, a use after free or a mixed-up table, whatever caused it. The "model" is a function of the
-prefix alone, so `oracle` knows the undisturbed stream of every request.
+A fake rank keeps its own slots and a symbolic KV pool: a written cell holds the digest of the token prefix it belongs
+to, a cell of a block that was handed out anew holds `None`. Every row reads all cells its table exposes; one wrong cell
+is a wrong hit, an early seal, a use after free or a mixed-up table, whatever caused it. The "model" is a function of
+the prefix alone, so `oracle` knows the undisturbed stream of every request.
 
 A row can be poisoned: its cells hold a `NaN`, so does everything computed from them, and sampling from them fails. Once
 the engine has been told that a placement failed, nobody may be admitted onto cells which that placement wrote.
@@ -107,7 +107,7 @@ class FakeRank:
         self.config, self.dp_rank, self.block_size = config, dp_rank, config.kv.block_size
         self.slots: list[Slot | None] = [None] * config.max_sequences
         self.cells: list[list[object]] = [[None] * self.block_size for _ in range(config.kv.num_blocks)]
-        self.max_prompt_logprobs = 0  # most in one step so far
+        self.max_prompt_logprobs = 0  # in one step so far
         self._arriving: deque[tuple[int, Slot, int]] = deque()  # step, slot, sampled id
 
     def execute(self, plan: StepPlan, failed: frozenset[tuple[int, int]], poison: int | None) -> StepResult:

@@ -64,7 +64,8 @@ def _replica_status(replica: Replica) -> pb.ReplicaStatus:
         status.startup_s.update(replica.hello.startup_s)
         status.max_model_len = replica.hello.max_model_len
         status.max_request_tokens = replica.hello.max_request_tokens
-        status.num_free_blocks = status.num_total_blocks = replica.hello.num_blocks * replica.hello.dp_size
+        # Block 0 of each pool is the null block and holds no tokens.
+        status.num_free_blocks = status.num_total_blocks = (replica.hello.num_blocks - 1) * replica.hello.dp_size
     if replica.heartbeat is not None:
         status.num_running = replica.heartbeat.num_running
         status.num_waiting = replica.heartbeat.num_waiting

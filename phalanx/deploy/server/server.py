@@ -18,6 +18,7 @@ from phalanx.deploy.server.inference import Inference, ServedModel
 from phalanx.deploy.server.links import KEEPALIVE_OPTIONS, LINK_OPTIONS
 from phalanx.deploy.server.options import ServerOptions
 from phalanx.deploy.server.shell import Shell
+from phalanx.errors import ConfigError
 from phalanx.runtime.controller.core import Core
 from phalanx.runtime.controller.events import Drain, Tick
 from phalanx.runtime.output import choice_outputs
@@ -25,6 +26,8 @@ from phalanx.runtime.tokenizer import Tokenizer
 
 TICK_S = 0.05
 LAST_READ_S = 5.0
+# A last cap, several times what admission lets in: at this many open calls even health checks are refused.
+MAX_CONCURRENT_RPCS = 16_384
 
 _logger = log.get("controller")
 
@@ -59,7 +62,8 @@ class Server:
         inference = Inference(self.shell, model, options.state_interval_s, random.SystemRandom())
         cluster = Cluster(self.shell, options.model_name)
         self._public = grpc.aio.server(
-            options=(*SERVER_OPTIONS, ("grpc.max_receive_message_length", options.max_message_bytes))
+            options=(*SERVER_OPTIONS, ("grpc.max_receive_message_length", options.max_message_bytes)),
+            maximum_concurrent_rpcs=MAX_CONCURRENT_RPCS,
         )
         self._public.add_generic_rpc_handlers((inference.handler(), cluster.handler(), self._health.handler()))
         self._internal = grpc.aio.server(options=(*LINK_OPTIONS, *SERVER_OPTIONS))
@@ -71,11 +75,15 @@ class Server:
         Raises:
             ConfigError: an address cannot be had; nothing listens then.
         """
-        ports = Ports(
-            _bind(self._public, self._options.listen),
-            _bind(self._internal, self._options.engine_listen),
-            self._start_metrics(),
-        )
+        try:
+            ports = Ports(
+                _bind(self._public, self._options.listen),
+                _bind(self._internal, self._options.engine_listen),
+                self._start_metrics(),
+            )
+        except ConfigError:
+            await self.stop()
+            raise
         await self._internal.start()
         await self._public.start()
         self._clock = asyncio.create_task(self._run_clock())

@@ -13,7 +13,8 @@ import heapq
 from bisect import insort
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+
+import msgspec
 
 from phalanx.errors import DuplicateRequestError, OverloadedError, UnavailableError, UnknownRequestError
 from phalanx.runtime.controller.events import (
@@ -47,8 +48,7 @@ MAX_READERS = 4
 STALL_S = 0.5
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CoreConfig:
+class CoreConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Limits and timers of the controller.
 
     Attributes:

@@ -68,8 +68,8 @@ class Fleet:
 
     def failed(self, replica: Replica, frame: Failed) -> list[Job]:
         """An engine spoke its last words."""
-        where = f"rank {frame.rank} on {frame.node}, log {frame.log_path}"
-        return self._lose(replica, "failed", f"{where}:\n{frame.error}")
+        where = f"rank {frame.rank} on {frame.node}, log {frame.log_path}:\n" if frame.rank >= 0 else ""
+        return self._lose(replica, "failed", where + frame.error)
 
     def lapsed(self, lease_s: float, now: float) -> list[Job]:
         """Fence every replica that has been silent for longer than its lease."""

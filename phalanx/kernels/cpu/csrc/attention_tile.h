@@ -9,19 +9,6 @@ constexpr int TILE = 64;        // keys
 constexpr int SCORE_ROWS = 6;   // 6 rows x 4 vectors of keys in registers
 constexpr int VALUE_ROWS = 4;   // 4 rows x 4 vectors of dims in registers
 
-// Turn a small run-time number, 1 <= n <= N, into a template argument: body(Int<n>).
-template <int N>
-struct Int {
-    static constexpr int value = N;
-};
-template <int N, class Body>
-INLINE void with_int(int n, const Body& body) {
-    if constexpr (N > 1) {
-        if (n < N) return with_int<N - 1>(n, body);
-    }
-    body(Int<N>{});
-}
-
 INLINE void transpose(vec r[LANES]) {
     vec t[LANES];
     UNROLL for (int i = 0; i < 16; i += 2) {
@@ -46,23 +33,6 @@ INLINE void transpose(vec r[LANES]) {
         r[j] = __builtin_shuffle(t[j], t[j + 8], ivec{0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23});
         r[j + 8] = __builtin_shuffle(t[j], t[j + 8], ivec{8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31});
     }
-}
-
-// Keys are compared word by word: a 32-bit word is one fp32 dim or a pair of bf16 dims.
-template <class T>
-constexpr int words(int dims) {
-    return dims * (int)sizeof(T) / 4;
-}
-
-// acc + q . k of one word per lane, in fp32.
-INLINE vec dot_word(vec acc, vec q, vec k, const float*) { return acc + q * k; }
-INLINE vec dot_word(vec acc, vec q, vec k, const bf16*) {
-#ifdef __AVX512BF16__
-    return (vec)_mm512_dpbf16_ps((__m512)acc, (__m512bh)q, (__m512bh)k);
-#else
-    const vec q_odd = (vec)((uvec)q & 0xffff0000u), k_odd = (vec)((uvec)k & 0xffff0000u);
-    return acc + q_odd * k_odd + (vec)((uvec)q << 16) * (vec)((uvec)k << 16);
-#endif
 }
 
 // Up to 16 words of 16 keys, from word `at`, to out[word][TILE]; meanwhile the next tile's rows are on their way.

@@ -1,77 +1,94 @@
-// linear: y = x w^T + bias with the weight packed in panels of 64 outputs, [panel][word of k][64].
+// linear: y = x w^T + bias, with the weight packed in panels of 48 outputs: [panel][word of k][48].
 //
-// An output element is one chain of multiply-adds over k, kept in a register, so its bits depend neither on the number of
-// rows nor on the threads. A panel stays in the L2 cache for all rows.
-#include "attention_tile.h"
+// An output is one chain of multiply-adds over k that never leaves its register, so its bits depend neither on the number
+// of rows nor on the threads. A panel is read from memory once and serves all rows from the L2 cache, while the next one
+// is fetched.
+#include "vec.h"
 
+#include <algorithm>
 #include <atomic>
 
 namespace {
 
-#ifndef PV
-#define PV 2
-#define PR 12
-#endif
-constexpr int VECTORS = PV, PANEL = VECTORS * LANES;
-constexpr int ROWS = PR;
-constexpr int ITEM_ROWS = 192;  // rows of one work item
+constexpr int VECTORS = 3, PANEL = VECTORS * LANES;
+constexpr int ROWS = 8;           // 8 rows x 3 vectors of outputs in registers
+constexpr int BLOCK_ROWS = 192;   // rows of a work item, where there are too few panels for the threads
+constexpr int PREFETCH_FROM = 4;  // rows; below, the panels are read so fast that the hardware runs ahead by itself
 
-template <class T, int R>
-void panel_rows(const T* x, const float* panel, const float* ahead, int lines, const float* bias, T* y, long k, long n, int columns) {
-    const int num_words = words<T>(k);
-    vec acc[R][VECTORS] = {};
+// R rows of one panel; in the meantime `lines` cache lines per word are fetched from `ahead` on.
+template <class T, int R, int V>
+void panel_rows(const T* x, const float* panel, const float* bias, T* y, long k, long n, int columns, const float* ahead,
+                int lines) {
+    vec acc[R][V] = {};
     const float* row[R];
     UNROLL for (int r = 0; r < R; ++r) row[r] = (const float*)(x + r * k);
-    for (int w = 0; w < num_words; ++w) {
-        for (int i = 0; i < lines; ++i) __builtin_prefetch(ahead + (w * lines + i) * LANES, 0, 2);
-        vec weight[VECTORS];
-        UNROLL for (int v = 0; v < VECTORS; ++v) weight[v] = load(panel + w * PANEL + v * LANES);
+    for (long w = 0; w < words<T>(k); ++w) {
+        for (int i = 0; i < lines; ++i) __builtin_prefetch(ahead + (w * lines + i) * LANES);
+        vec weight[V];
+        UNROLL for (int v = 0; v < V; ++v) weight[v] = load(panel + w * PANEL + v * LANES);
         UNROLL for (int r = 0; r < R; ++r) {
             const vec value = broadcast(row[r][w]);
-            UNROLL for (int v = 0; v < VECTORS; ++v) acc[r][v] = dot_word(acc[r][v], value, weight[v], (const T*)nullptr);
+            UNROLL for (int v = 0; v < V; ++v) acc[r][v] = dot_word(acc[r][v], value, weight[v], (const T*)nullptr);
         }
     }
-    UNROLL for (int v = 0; v < VECTORS; ++v) {
+    UNROLL for (int v = 0; v < V; ++v) {
         const int left = columns - v * LANES;
-        if (left <= 0) return;
         const vec b = bias ? load_part(bias + v * LANES, left) : vec{};
         UNROLL for (int r = 0; r < R; ++r) store_part(y + r * n + v * LANES, acc[r][v] + b, left);
     }
 }
 
+// Rows [first, last) of one panel, in groups as even as possible; the groups share the fetching of `ahead`.
+template <class T>
+void panel_block(const T* x, const float* panel, const float* bias, T* y, long k, long n, int columns, const float* ahead,
+                 long first, long last) {
+    const long groups = (last - first + ROWS - 1) / ROWS, parts = std::min<long>(groups, VECTORS);
+    for (long g = 0; g < groups; ++g) {
+        const long from = first + (last - first) * g / groups, to = first + (last - first) * (g + 1) / groups;
+        const long skip = VECTORS * g / parts;
+        const int lines = ahead && g < parts && last - first >= PREFETCH_FROM ? VECTORS * (g + 1) / parts - skip : 0;
+        with_int<ROWS>(to - from, [&](auto rows) {
+            with_int<VECTORS>((columns + LANES - 1) / LANES, [&](auto vectors) {
+                panel_rows<T, rows.value, vectors.value>(x + from * k, panel, bias, y + from * n, k, n, columns,
+                                                         ahead + skip * words<T>(k) * LANES, lines);
+            });
+        });
+    }
+}
+
 template <class T>
 void linear(const T* x, const float* packed, const float* bias, T* y, long m, long k, long n, int threads) {
-    const long panels = (n + PANEL - 1) / PANEL, blocks = (m + ITEM_ROWS - 1) / ITEM_ROWS;
-    std::atomic<long> next{0};
-#pragma omp parallel num_threads(threads) if (threads > 1 && panels * blocks > 1)
-    for (long i; (i = next.fetch_add(1)) < panels * blocks;) {
-        const long panel = i / blocks, first = i % blocks * ITEM_ROWS, last = std::min(first + ITEM_ROWS, m);
-        const int columns = std::min<long>(n - panel * PANEL, PANEL);
-        const long groups = (last - first + ROWS - 1) / ROWS;
-        for (long g = 0; g < groups; ++g) {  // rows as even as possible: 8 is 4 + 4, not 6 + 2
-            const long from = first + (last - first) * g / groups, to = first + (last - first) * (g + 1) / groups;
-            const long parts = std::min<long>(groups, VECTORS), start = VECTORS * g / parts;
-            const int lines = groups == 1 || g >= parts || panel + 1 == panels ? 0 : VECTORS * (g + 1) / parts - start;
-            const long size = PANEL * words<T>(k);
-            with_int<ROWS>(to - from, [&](auto rows) {
-                panel_rows<T, rows.value>(x + from * k, packed + panel * size, packed + (panel + 1) * size + start * words<T>(k) * LANES, lines, bias ? bias + panel * PANEL : nullptr,
-                                          y + from * n + panel * PANEL, k, n, columns);
-            });
+    if (m == 0) return;
+    const long panels = (n + PANEL - 1) / PANEL, size = words<T>(k) * PANEL;
+    const long blocks = panels < 4 * threads ? (m + BLOCK_ROWS - 1) / BLOCK_ROWS : 1, rows = (m + blocks - 1) / blocks;
+    std::atomic<long> claimed{0};
+#pragma omp parallel num_threads(threads) if (threads > 1 && m * n * k > 1 << 16)
+    {
+        // One ahead, so that a thread knows which panel to fetch next.
+        for (long i = claimed.fetch_add(1), following; i < panels * blocks; i = following) {
+            following = claimed.fetch_add(1);
+            const long panel = i / blocks, next = following / blocks, first = i % blocks * rows;
+            const float* ahead = next < panels && next != panel ? packed + next * size : nullptr;
+            panel_block(x, packed + panel * size, bias ? bias + panel * PANEL : nullptr, y + panel * PANEL, k, n,
+                        std::min<long>(n - panel * PANEL, PANEL), ahead, first, std::min(first + rows, m));
         }
     }
 }
 
 template <class T>
 void pack_linear(const T* weight, float* packed, long n, long k, int threads) {
-    const long num_words = words<T>(k), panels = (n + PANEL - 1) / PANEL;
-    const float* rows = (const float*)weight;
+    const long panels = (n + PANEL - 1) / PANEL, num_words = words<T>(k);
 #pragma omp parallel for num_threads(threads)
     for (long panel = 0; panel < panels; ++panel)
-        for (long w = 0; w < num_words; ++w)
-            for (long c = 0; c < PANEL; ++c) {
-                const long row = panel * PANEL + c;
-                memcpy(packed + (panel * num_words + w) * PANEL + c, row < n ? rows + row * num_words + w : rows, 4);
-            }
+        for (long c = 0; c < PANEL; ++c) {
+            float* to = packed + panel * num_words * PANEL + c;
+            const long output = panel * PANEL + c;
+            for (long w = 0; w < num_words; ++w)
+                if (output < n)
+                    memcpy(to + w * PANEL, (const char*)(weight + output * k) + 4 * w, 4);
+                else
+                    to[w * PANEL] = 0;
+        }
 }
 
 }  // namespace

@@ -129,3 +129,33 @@ INLINE vec log(vec x) {
     vec tail = p * f * square + n * -2.12194440e-4f - 0.5f * square;
     return f + tail + n * 0.693359375f;
 }
+
+// Products of rows go word by word: a 32-bit word is one fp32 element or a pair of bf16 elements.
+template <class T>
+constexpr long words(long elements) {
+    return elements * sizeof(T) / 4;
+}
+
+// acc + a . b of one word per lane, in fp32.
+INLINE vec dot_word(vec acc, vec a, vec b, const float*) { return acc + a * b; }
+INLINE vec dot_word(vec acc, vec a, vec b, const bf16*) {
+#ifdef __AVX512BF16__
+    return (vec)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
+#else
+    const vec a_odd = (vec)((uvec)a & 0xffff0000u), b_odd = (vec)((uvec)b & 0xffff0000u);
+    return acc + a_odd * b_odd + (vec)((uvec)a << 16) * (vec)((uvec)b << 16);
+#endif
+}
+
+// Turn a small run-time number, 1 <= n <= N, into a template argument: body(Int<n>).
+template <int N>
+struct Int {
+    static constexpr int value = N;
+};
+template <int N, class Body>
+INLINE void with_int(int n, const Body& body) {
+    if constexpr (N > 1) {
+        if (n < N) return with_int<N - 1>(n, body);
+    }
+    body(Int<N>{});
+}

@@ -1,0 +1,95 @@
+"""The whole offline engine against transformers: every family, every layout, under every kind of pressure. Runs in X s.
+
+An engine whose steps are smaller than the prompts and whose pool is too small for all of them answers three batches:
+the first computes its prompts in chunks, the second finds them in the prefix cache, the third preempts. Every rank of
+the last stage writes down every logit it computes, and each is compared with transformers' for the same token ids.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from phalanx import LLM, SamplingParams
+from tests.support import tiny
+from tests.support.engines import SHARING_CORES, forked_ranks, read_records
+from tests.support.oracle import NUM_TOKENS, TOLERANCE, Oracle, make_oracle
+
+LAYOUTS = {"1,1,1": (1, 1, 1), "2,1,1": (2, 1, 1), "1,2,1": (1, 2, 1), "2,2,1": (2, 2, 1), "1,1,2": (1, 1, 2)}
+LAYOUTS |= {"4,1,1": (4, 1, 1)}
+BUDGET = 24
+PRESSURE = {
+    "scheduler": {"max_batch_tokens": BUDGET, "max_sequences": 6, "max_model_len": 112},
+    "kv": {"num_blocks": 30, "block_size": 8},
+}
+TITLE = "family x (tp,pp,dp) against transformers: largest logit error, equal tokens, cached prompt tokens, preemptions"
+GREEDY = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
+ASKING = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True, prompt_logprobs=0)
+
+
+@pytest.fixture(scope="module")
+def oracle_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Oracle]:
+    folder = tmp_path_factory.mktemp("checkpoints")
+    made: dict[str, Oracle] = {}
+
+    def make(family: str) -> Oracle:
+        if family not in made:
+            made[family] = make_oracle(family, folder)
+        return made[family]
+
+    return make
+
+
+@pytest.mark.multi
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("family", tiny.family_names())
+def test_engine_equals_transformers(family, layout, oracle_of, tmp_path, record_property):
+    oracle, (tp, pp, dp) = oracle_of(family), LAYOUTS[layout]
+    with forked_ranks(tmp_path), _llm(oracle.path, tp, pp, dp) as llm:
+        assert max(map(len, oracle.prompts[:2])) > BUDGET
+        _answer(llm, oracle, [0, 1], ASKING)
+        assert llm.engine.scheduler.num_preemptions == 0
+        cached = _answer(llm, oracle, [0, 1, 2, 3], GREEDY)
+        assert cached[0] >= 32
+        assert cached[1] >= 32
+        before = llm.engine.scheduler.num_preemptions
+        cached += _answer(llm, oracle, [0, 1, 2, 3, 4, 5], GREEDY)
+        num_preemptions = llm.engine.scheduler.num_preemptions
+        assert num_preemptions > before
+    error = _largest_error(oracle, tmp_path, num_ranks=tp * dp)
+    assert error < TOLERANCE
+    cell = f"{error:.1e} {12 * NUM_TOKENS} {sum(cached)} {num_preemptions}"
+    record_property("table", (TITLE, family, layout, cell))
+
+
+def _llm(path: Path, tp: int, pp: int, dp: int) -> LLM:
+    return LLM(str(path), tensor=tp, pipeline=pp, data=dp, **SHARING_CORES, **PRESSURE)
+
+
+def _answer(llm: LLM, oracle: Oracle, which: list[int], params: SamplingParams) -> list[int]:
+    """Answer some of the oracle's prompts together, all tokens equal; returns the cached tokens of each prompt."""
+    results = llm.generate([oracle.prompts[i] for i in which], params)
+    assert [result.token_ids for result in results] == [oracle.outputs[i] for i in which]
+    while llm.engine.has_work:
+        llm.engine.step(1.0)
+    llm.engine.check()
+    return [result.num_cached_tokens for result in results]
+
+
+def _largest_error(oracle: Oracle, folder: Path, num_ranks: int) -> float:
+    """Over all recorded logits; every output token, and every position of the first two prompts, must be there."""
+    expected = dict(oracle.contexts())
+    seen: set[tuple[int, ...]] = set()
+    ranks: set[int] = set()
+    error = 0.0
+    for record in read_records(folder):
+        error = max(error, float((record.logits - expected[record.token_ids]).abs().max()))
+        seen.add(record.token_ids)
+        ranks.add(record.rank)
+    assert len(ranks) == num_ranks, "all ranks of the last stage"
+    for i, (prompt, output) in enumerate(zip(oracle.prompts, oracle.outputs, strict=True)):
+        ids = tuple(prompt + output)
+        first = 1 if i < 2 else len(prompt)
+        assert all(ids[:length] in seen for length in range(first, len(ids)))
+    return error

@@ -1,0 +1,98 @@
+"""What transformers answers to a family's tiny checkpoint: the oracle of the end-to-end tests."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from phalanx.kernels.philox import gumbel
+from phalanx.runtime.sampling_params import SamplingParams
+from tests.support import tiny
+
+NUM_TOKENS = 48
+TOLERANCE = 1e-4
+"""Of a logit, against transformers in fp32."""
+
+MARGIN = 50 * TOLERANCE
+"""Smallest distance between the two best logits on a greedy path; below it, equal tokens would be luck."""
+
+LENGTHS = (41, 33, 57, 26, 47, 19)
+"""Of the prompts: beyond every window and most of them beyond a step's budget."""
+
+NUM_SHARED = 24
+"""Tokens that the last prompts but one share with the first."""
+
+CANDIDATES = 64
+"""Prompts tried per length, together; the first good one is taken."""
+
+NUM_DISTINCT = 8
+"""Different ids in an answer; a model that repeats one id proves little."""
+
+
+class Oracle(NamedTuple):
+    """Greedy answers of transformers.
+
+    Attributes:
+        path: the checkpoint.
+        prompts, outputs: ids; each output has `NUM_TOKENS`.
+        logits: per prompt, (prompt + output, vocab): row p is computed from ids 0 ... p.
+        margin: smallest distance between the best two logits of any output token.
+    """
+
+    path: Path
+    prompts: list[list[int]]
+    outputs: list[list[int]]
+    logits: list[Tensor]
+    margin: float
+
+    def contexts(self) -> Iterator[tuple[tuple[int, ...], Tensor]]:
+        """Every prefix of every sequence, and the logits that follow it."""
+        for prompt, output, logits in zip(self.prompts, self.outputs, self.logits, strict=True):
+            ids = tuple(prompt + output)
+            for position, row in enumerate(logits):
+                yield ids[: position + 1], row
+
+
+def make_oracle(family: str, directory: Path) -> Oracle:
+    """Draw prompts for a family until their greedy answers are no matter of rounding, and answer them."""
+    path = tiny.make_checkpoint(family, directory)
+    model = tiny.load_hf(path)
+    generator = torch.Generator().manual_seed(3)
+    prompts: list[list[int]] = []
+    outputs: list[list[int]] = []
+    logits: list[Tensor] = []
+    margins: list[float] = []
+    for length in LENGTHS:
+        drawn = torch.randint(1, model.config.vocab_size, (CANDIDATES, length), generator=generator)
+        if length == LENGTHS[-2]:
+            drawn[:, :NUM_SHARED] = torch.tensor(prompts[0][:NUM_SHARED])
+        ids = generate(model, drawn)
+        with torch.inference_mode():
+            rows = model(ids).logits.float()
+        best = rows[:, length - 1 : -1].topk(2, dim=-1)
+        assert torch.equal(best.indices[..., 0], ids[:, length:]), "generate, with a cache, and forward, without, agree"
+        margin = (best.values[..., 0] - best.values[..., 1]).amin(-1)
+        num_distinct = torch.tensor([len(row.unique()) for row in ids[:, length:]])
+        is_good = (margin > MARGIN) & (num_distinct >= NUM_DISTINCT)
+        assert is_good.any(), f"{family}: none of {CANDIDATES} prompts has a margin of {MARGIN} and {NUM_DISTINCT} ids"
+        good = int(is_good.int().argmax())
+        prompts.append(ids[good, :length].tolist())
+        outputs.append(ids[good, length:].tolist())
+        logits.append(rows[good])
+        margins.append(float(margin[good]))
+    return Oracle(path, prompts, outputs, logits, min(margins))
+
+
+def generate(model: Any, prompts: Tensor) -> Tensor:
+    """transformers' own greedy `generate`, past every end-of-sequence id; prompts (B, T) to (B, T + `NUM_TOKENS`)."""
+    ids: Tensor = model.generate(
+        prompts,
+        attention_mask=torch.ones_like(prompts),
+        max_new_tokens=NUM_TOKENS,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    return ids
