@@ -34,9 +34,9 @@ workers: {threads: 1}
 server: {listen: 127.0.0.1:0, metrics: 'off'}
 """
 PROMPTS = (
-    "import os\nimport sys\n\n\ndef main(",
+    "def read_lines(path):\n    with open(path) as",
     "class Stack:\n    def __init__(self",
-    "def read_file(path):\n    with open(",
+    "import os\nimport sys\n\n\ndef main(",
 )
 MAX_TOKENS = 96
 START_S = 120.0
@@ -75,7 +75,7 @@ class Demo:
             started = time.perf_counter()
 
             def follow(number: int) -> None:
-                params = SamplingParams(max_tokens=MAX_TOKENS, temperature=0.3, seed=number, ignore_eos=True)
+                params = SamplingParams(max_tokens=MAX_TOKENS, temperature=0.7, top_p=0.9, seed=number, ignore_eos=True)
                 for chunk in client.generate(PROMPTS[number], params):
                     texts[number] += chunk.text
                     counts[number] += len(chunk.token_ids)

@@ -377,9 +377,6 @@ MUTANTS = {
     "sealed when scheduled": Mutant("scheduler", "seq.num_settled = end\n", "seq.num_settled = seq.num_computed\n"),
     "sealed late": Mutant("scheduler", "= match.num_tokens + self.spec.block_size", "= self.spec.max_model_len"),
     "contents of failed rows kept": Mutant("scheduler", "if index in failed:", "if False:"),
-    "preempted, then failed, contents kept": Mutant(
-        "scheduler", "if index in failed:", "if index in failed and seq.num_computed:"
-    ),
     "run-ahead past the end": Mutant("scheduler", "and seq.num_known < seq.max_length", ""),
     "two stages, one sequence": Mutant("scheduler", "if pipelined and seq.num_in_flight:", "if False:"),
     "stage 0 reads an id too early": Mutant("scheduler", "num_settled = max(", "num_settled = min("),

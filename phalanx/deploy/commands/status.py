@@ -52,7 +52,15 @@ def _row(replica: ReplicaStatus) -> tuple[str, ...]:
     blocks = f"{replica.num_free_blocks} of {replica.num_total_blocks}"
     counts = (replica.num_running, replica.num_waiting)
     start = f"#{replica.incarnation}"
-    return (str(replica.replica), replica.state, start, *map(str, counts), blocks, hits, str(replica.num_generated_tokens))
+    return (
+        str(replica.replica),
+        replica.state,
+        start,
+        *map(str, counts),
+        blocks,
+        hits,
+        str(replica.num_generated_tokens),
+    )
 
 
 def _last_words(replica: ReplicaStatus) -> list[str]:
