@@ -1,12 +1,16 @@
-"""Planning cost on the engine's thread: `Scheduler` and KV metadata with running decodes, against the goal of the design.
+"""Planning cost on the engine's thread: scheduler and KV metadata with running decodes, against the design's goal.
 
-    python benchmarks/scheduler.py
+    python benchmarks/scheduler.py [--freeze]
 
 Every sequence decodes one token per step, one step ahead of the results, and crosses a block boundary every
-`BLOCK_SIZE` steps, at its own time. One core; medians and 99th percentiles over `NUM_STEPS` steps.
+`BLOCK_SIZE` steps, at its own time. CPU time of the thread, so that a busy machine does not count; medians and 99th
+percentiles over `NUM_STEPS` steps. `--freeze` takes what exists at the start out of the garbage collector's sight
+(`gc.freeze`): without it a full collection walks every block of the pool now and then.
 """
 
+import gc
 import statistics
+import sys
 import time
 from array import array
 from collections import deque
@@ -74,7 +78,12 @@ def answer(plan: StepPlan) -> StepResult:
 
 def measure(num_sequences: int) -> list[StepCost]:
     """Cost of each step once every sequence decodes."""
-    scheduler, launched, costs = make_scheduler(num_sequences), deque[StepResult](), []
+    gc.unfreeze()
+    gc.collect()
+    scheduler, launched, costs = make_scheduler(num_sequences), deque[StepResult](), list[StepCost]()
+    if "--freeze" in sys.argv:
+        gc.collect()
+        gc.freeze()
     while len(costs) < NUM_STEPS:
         start = time.thread_time()
         plan = scheduler.schedule()

@@ -1,15 +1,15 @@
-"""For all tests: one thread per process, no process left behind, and tables of measured facts at the end of the output."""
+"""For all tests: one thread per process, no process left behind, tables of measured facts at the end of the output."""
 
 import os
 
 # Two busy cores are worse than one: OpenMP's threads spin while they wait for each other. Read when torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import sys  # noqa: E402
-from collections.abc import Iterator  # noqa: E402
+import sys
+from collections.abc import Iterator
 
-import psutil  # noqa: E402
-import pytest  # noqa: E402
+import psutil
+import pytest
 
 GRACE_S = 3.0
 """A process whose end was ordered may take so long."""

@@ -50,7 +50,7 @@ class ControllerProcess:
 
     Args:
         plan: of the deployment.
-        on_reclaim: called from the reading thread with (replica, incarnation) when the controller fences one.
+        on_reclaim: called from the reading thread when the controller has fenced a replica.
         on_log: called from another one with each line of its log.
 
     Attributes:
@@ -61,7 +61,7 @@ class ControllerProcess:
     """
 
     def __init__(
-        self, plan: DeploymentPlan, on_reclaim: Callable[[int, int], None], on_log: Callable[[str], None]
+        self, plan: DeploymentPlan, on_reclaim: Callable[[supervise.Reclaim], None], on_log: Callable[[str], None]
     ) -> None:
         with tempfile.NamedTemporaryFile("wb", suffix=".json", delete=False) as file:
             file.write(msgspec.json.encode(server_options(plan)))
@@ -150,7 +150,7 @@ class ControllerProcess:
             for data in self._call:
                 frame = supervise.decode(data)
                 if isinstance(frame, supervise.Reclaim):
-                    self._on_reclaim(frame.replica, frame.incarnation)
+                    self._on_reclaim(frame)
 
     def _read_errors(self) -> None:
         assert self._process.stderr is not None, "opened as a pipe"

@@ -148,7 +148,7 @@ def _versions(reports: Sequence[NodeReport], own: Mapping[str, str]) -> Check:
 
 
 def _addresses(reports: Sequence[NodeReport]) -> Check:
-    """Ranks on several machines find their network interface by the host name, which must not mean the machine itself."""
+    """Ranks on several machines find their network interface by the host name: it must not mean the machine itself."""
     is_one_machine = len({report.host for report in reports}) <= 1
     wrong = [
         f"{report.node}: host name {report.host} means {report.host_address or 'no address'}"

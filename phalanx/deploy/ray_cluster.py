@@ -1,22 +1,21 @@
 """The Ray cluster: started on this machine with one or several nodes, or attached to by address."""
 
-import contextlib
 import logging
 import os
-import subprocess
-import time
+import socket
 from typing import Any
 
 import psutil
 import ray
-from ray.cluster_utils import Cluster
 
 from phalanx.deploy.config import RayConfig
 from phalanx.deploy.hardware import Hardware, Node
+from phalanx.deploy.local_ray import LocalRay
+from phalanx.deploy.server.addresses import split_address
 from phalanx.errors import ConfigError
 
 NAMESPACE = "phalanx"
-EXIT_S = 2.0
+DIAL_S = 5.0
 
 
 def local_hardware(num_nodes: int) -> Hardware:
@@ -48,18 +47,21 @@ class RayCluster:
     """
 
     def __init__(self, config: RayConfig) -> None:
-        self._local: Cluster | None = None
+        self._local: LocalRay | None = None
         address = config.address
         options: dict[str, Any] = {
             "namespace": NAMESPACE,
             "log_to_driver": False,
             "logging_level": logging.ERROR,
         }
-        # Ray prints a page about every worker that dies to our stdout; the supervisor says it in a line, with the cause.
+        # Ray prints a page about every worker that dies to our stdout; the supervisor says it in a line with the cause.
         ray._private.worker._worker_logs_enabled = False
+        os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
         if address == "local":
-            self._local = _start_local(config.nodes)
+            self._local = LocalRay(config.nodes)
             address = self._local.address
+        elif address != "auto":
+            _dial(address)
         try:
             ray.init(address=address, **options)
         except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
@@ -93,31 +95,19 @@ class RayCluster:
         """Leave the cluster; end it if it was started here."""
         ray.shutdown()
         if self._local is not None:
-            _terminate(self._local)
-            self._local.shutdown()
+            self._local.close()
             self._local = None
 
 
-def _start_local(num_nodes: int) -> Cluster:
-    # Started from the main thread: the kernel ends these processes when the thread that started them ends.
-    node = {"num_cpus": os.cpu_count() or 1, "include_dashboard": False, "object_store_memory": 80 * 2**20}
-    cluster = Cluster(initialize_head=True, head_node_args=node, shutdown_at_exit=True)
-    node.pop("include_dashboard")
-    for _ in range(num_nodes - 1):
-        cluster.add_node(**node, num_gpus=0)
-    cluster.wait_for_nodes()
-    return cluster
-
-
-def _terminate(cluster: Cluster) -> None:
-    # All at once: `Cluster.shutdown` would give one process after the other a second to end.
-    processes = [process for node in cluster.list_all_nodes() for _, process in node.live_processes()]
-    for process in processes:
-        process.terminate()
-    deadline = time.monotonic() + EXIT_S
-    for process in processes:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(max(0.0, deadline - time.monotonic()))
+def _dial(address: str) -> None:
+    # Ray itself goes on trying for minutes.
+    try:
+        socket.create_connection(split_address(address.removeprefix("ray://")), timeout=DIAL_S).close()
+    except OSError as error:
+        raise ConfigError(
+            f"no Ray cluster answers at ray.address {address!r} ({error}); give the address that `ray start --head` "
+            "printed on the head, and make sure that its port is open to this machine"
+        ) from error
 
 
 def _gpu_memory(node: dict[str, Any]) -> int:

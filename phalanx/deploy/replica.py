@@ -87,7 +87,8 @@ class Replica:
             rank = self._worker_runs.index(done[0])
             raise ReplicaLostError(f"rank {rank} ended: {_outcome(done[0])}") from None
         except RayError as error:
-            raise ReplicaLostError(describe(error)) from error
+            who = "the engine: " if isinstance(error, RayActorError) else ""
+            raise ReplicaLostError(who + describe(error)) from error
 
     def end(self) -> None:
         """Kill every actor and give the resources back; safe to call in any state."""
@@ -121,7 +122,7 @@ def describe(error: BaseException) -> str:
         cause = error.cause
         return str(cause) if isinstance(cause, ReplicaLostError) else f"{type(cause).__name__}: {cause}"
     if isinstance(error, RayActorError):
-        return "its process died (" + str(error).strip().splitlines()[-1].strip() + ")"
+        return "the process died (" + str(error).strip().splitlines()[-1].strip() + ")"
     return str(error)
 
 

@@ -72,7 +72,7 @@ class Deployments:
         found = self.folder.lstat()
         if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
             raise ConfigError(
-                f"{self.folder} must be a folder that belongs to you and that nobody else can use (mode 0700); remove it"
+                f"{self.folder} must be a folder of yours that nobody else can use (mode 0700); remove it"
             )
 
     def add(self, deployment: Deployment) -> None:

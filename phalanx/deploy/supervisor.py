@@ -11,9 +11,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ray.exceptions import RayError
+
 from phalanx.deploy.controller_process import ControllerProcess
 from phalanx.deploy.plan import DeploymentPlan
-from phalanx.deploy.replica import Replica
+from phalanx.deploy.replica import Replica, describe
 from phalanx.errors import PhalanxError, ReplicaLostError
 
 MAX_FAILED_STARTS = 3
@@ -52,7 +54,7 @@ class Supervisor:
         self._stopping = threading.Event()
         self._fatal: PhalanxError | None = None
         self._signals = 0
-        self._reclaims: dict[int, int] = {}
+        self._reclaims: dict[int, Reclaim] = {}
         self._lock = threading.Lock()
 
     def run(self) -> None:
@@ -92,9 +94,9 @@ class Supervisor:
     def _on_signal(self, kind: int, frame: object) -> None:
         self.stop()
 
-    def _on_reclaim(self, replica: int, incarnation: int) -> None:
+    def _on_reclaim(self, frame: Reclaim) -> None:
         with self._lock:
-            self._reclaims[replica] = max(incarnation, self._reclaims.get(replica, 0))
+            self._reclaims[frame.replica] = frame
 
     def _watch(self, controller: ControllerProcess) -> None:
         passed_on = 0
@@ -127,11 +129,15 @@ class Supervisor:
                 error = str(failure)
                 ever_served = ever_served or attempt.has_served
                 failed_starts = 0 if attempt.has_served else failed_starts + 1
-                if not self._stopping.is_set():
+                if self._stopping.is_set():
+                    pass
+                elif not ever_served or failed_starts >= MAX_FAILED_STARTS:
+                    self._fatal = failure
+                else:
                     data = {"replica": number, "incarnation": incarnation, "error": error}
                     self._report(Progress("lost", f"replica {number} incarnation {incarnation}: {error}", data))
-                if not ever_served or failed_starts >= MAX_FAILED_STARTS:
-                    self._fatal = failure
+            except RayError as failure:
+                self._fatal = ReplicaLostError(f"Ray failed the supervisor: {describe(failure)}")
             finally:
                 attempt.replica.end()
             controller.replica_gone(number, incarnation, "exit" if attempt.has_served else "startup", error)
@@ -142,14 +148,28 @@ class Supervisor:
         """Watch an incarnation until it ends, is reclaimed, or the deployment stops."""
         replica = attempt.replica
         while not self._stopping.is_set():
-            if replica.wait(0.05) is not None:
-                return
             with self._lock:
-                reclaimed = self._reclaims.get(replica.replica, 0) >= replica.incarnation
-            if reclaimed:
-                raise ReplicaLostError("its lease ran out: the engine is frozen or its node is")
+                reclaim = self._reclaims.get(replica.replica)
+            if reclaim is not None and reclaim.incarnation >= replica.incarnation:
+                self._reclaimed(replica, reclaim.cause)
+                return
+            ended = replica.wait(0.05)
+            if ended is not None:
+                self._ended(ended)
+                return
             if not attempt.has_served:
                 self._announce(attempt, controller)
+
+    def _reclaimed(self, replica: Replica, cause: str) -> None:
+        # Of a replica that failed the controller hears before Ray does, and the engine's own words say more.
+        if cause == "lease":
+            raise ReplicaLostError("its lease ran out: the engine is frozen or its node is")
+        self._ended(replica.wait(LAST_WORDS_S) or f"it does not end by itself ({cause})")
+
+    def _ended(self, reason: str) -> None:
+        """An engine that returns is as lost as one that raises, unless everything ends."""
+        if not self._signals and not self._stopping.is_set():
+            raise ReplicaLostError(f"its engine ended: {reason}")
 
     def _announce(self, attempt: "_Attempt", controller: ControllerProcess) -> None:
         state = controller.status()

@@ -64,6 +64,8 @@ class UpReport:
 
     def log(self, line: str) -> None:
         """A line of the controller's log."""
+        if self._as_json and not line.startswith("{"):
+            line = json.dumps({"source": "phalanx.controller", "event": "stderr", "text": line})
         if self._shows_log:
             with self._lock:
                 print(line, flush=True)

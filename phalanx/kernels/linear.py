@@ -55,17 +55,35 @@ def pack(
     Raises:
         ConfigError: the chosen implementation is unknown or cannot compute this weight.
     """
-    reasons = {"cpp": cpp.refuses(weight), "onednn": onednn_refuses(weight.device, weight.dtype), "torch": None}
-    wanted = (choose or {}).get("linear", next(impl for impl, reason in reasons.items() if reason is None))
-    if wanted not in reasons:
+    chosen, _ = select(weight.device, weight.dtype, choose, weight.shape[1])
+    forward = {"cpp": cpp.pack, "onednn": _pack_onednn, "torch": _pack_torch}[chosen](weight, bias)
+    return PackedLinear(chosen, forward, batch_invariant)
+
+
+def select(
+    device: torch.device, dtype: torch.dtype, choose: Mapping[str, str] | None = None, in_features: int = 0
+) -> tuple[str, tuple[tuple[str, str], ...]]:
+    """The implementation `pack` takes for such a weight, and (name, reason) of those it had to pass over.
+
+    Raises:
+        ConfigError: as `pack`.
+    """
+    reasons = {
+        "cpp": cpp.refuses(device, dtype, in_features),
+        "onednn": _onednn_refuses(device, dtype),
+        "torch": None,
+    }
+    wanted = (choose or {}).get("linear")
+    if wanted is not None and wanted not in reasons:
         raise ConfigError(f"kernels.linear: implementation {wanted!r} is unknown; known: {', '.join(reasons)}")
-    if reasons[wanted] is not None:
+    if wanted is not None and reasons[wanted] is not None:
         raise ConfigError(f"kernels.linear: {wanted!r} cannot be used: {reasons[wanted]}; leave it out")
-    forward = {"cpp": cpp.pack, "onednn": _pack_onednn, "torch": _pack_torch}[wanted](weight, bias)
-    return PackedLinear(wanted, forward, batch_invariant)
+    chosen = wanted or next(impl for impl, reason in reasons.items() if reason is None)
+    passed = list(reasons)[: list(reasons).index(chosen)]
+    return chosen, tuple((impl, reasons[impl] or f"{wanted} was asked for") for impl in passed)
 
 
-def onednn_refuses(device: torch.device, dtype: torch.dtype) -> str | None:
+def _onednn_refuses(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the packed oneDNN path cannot be used, or None; its ops are private to torch and may go away."""
     if device.type != "cpu":
         return f"the weight is on {device.type}"

@@ -1,7 +1,8 @@
 """Choose an implementation once, when a model is built; a call then costs no dispatch.
 
 Nothing registers itself: an op is a module `kernels/<op>.py` with an `OP`, its implementations are the `IMPLS` of the
-module of the same name in the device's folder, and the reference is the last resort.
+module of the same name in the device's folder, and the reference is the last resort. Linear layers are bound to their
+weight by `linear.pack` instead, and only explained here.
 """
 
 from collections.abc import Mapping
@@ -11,6 +12,7 @@ import torch
 
 from phalanx import plugins
 from phalanx.errors import ConfigError
+from phalanx.kernels import linear
 from phalanx.kernels.op import Function, Impl, Op
 
 FOLDERS = {"cpu": "kernels/cpu", "cuda": "kernels/triton"}
@@ -42,12 +44,13 @@ def bind(op: str, *, device: torch.device, dtype: torch.dtype, choose: Mapping[s
 
 
 def explain(*, device: torch.device, dtype: torch.dtype, choose: Mapping[str, str] | None = None) -> tuple[Choice, ...]:
-    """What `bind` would choose for every op, and why; for `--explain-kernels`."""
-    rows = []
-    for name, _ in plugins.entries("kernels", ("OP",)):
+    """What `bind` and `linear.pack` would choose for every op, and why; for `--explain-kernels`."""
+    chosen, refused = linear.select(device, dtype, choose)
+    rows = [Choice("linear", chosen, chosen == "cpp", refused)]
+    for name in plugins.names("kernels", ("OP",)):
         _, impl, rejected = _select(name, device, dtype, choose or {})
         rows.append(Choice(name, impl.name, impl.batch_invariant, rejected))
-    return tuple(rows)
+    return tuple(sorted(rows))
 
 
 def implementations(op: Op, device: torch.device) -> tuple[Impl, ...]:
@@ -63,6 +66,10 @@ def _select(
     name: str, device: torch.device, dtype: torch.dtype, choose: Mapping[str, str]
 ) -> tuple[Op, Impl, tuple[tuple[str, str], ...]]:
     op: Op = plugins.load("kernels", name, ("OP",)).OP
+    known_ops = (*plugins.names("kernels", ("OP",)), "linear")
+    for key in choose:
+        if key not in known_ops:
+            raise ConfigError(f"kernels: op {key!r} is unknown; known: {', '.join(known_ops)}")
     candidates = implementations(op, device)
     wanted = choose.get(name)
     if wanted is not None and wanted not in {impl.name for impl in candidates}:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
-from phalanx.errors import InvalidRequestError, PhalanxError
+from phalanx.errors import InvalidRequestError, StepError
 from phalanx.models.loading import read_config, resolve_path
 from phalanx.parallel import rendezvous
 from phalanx.parallel.mesh import MeshShape
@@ -155,6 +155,7 @@ class LLM:
 
         Raises:
             InvalidRequestError: a prompt or parameter is out of its limits; nothing has run then.
+            StepError: the model gave no number for one of the prompts; the others' answers are lost with it.
             ReplicaLostError: a rank died.
         """
         listed = _as_list(prompts)
@@ -170,8 +171,10 @@ class LLM:
         except BaseException:
             for name in names:
                 self.engine.abort(Abort(name, 0))
+                del self._jobs[name]
             raise
-        return [self._finish(name) for name in names]
+        jobs = [self._jobs.pop(name) for name in names]
+        return [_result(job) for job in jobs]
 
     def close(self) -> None:
         """End the ranks."""
@@ -197,6 +200,7 @@ class LLM:
             vocab_size=self.config.model.vocab_size,
             max_model_len=self.config.kv.max_model_len,
             max_request_tokens=self.engine.limit,
+            has_tokenizer=self.tokenizer is not None,
         )
         return ids, validate_request(ids, params, limits)
 
@@ -226,19 +230,21 @@ class LLM:
             if row.finish is None:  # a stop string: the engine does not know yet
                 self.engine.abort(Abort(row.job, row.epoch, row.choice))
 
-    def _finish(self, name: str) -> RequestOutput:
-        job = self._jobs.pop(name)
-        if job.errors:
-            raise PhalanxError(job.errors[0])
-        choices = [
-            Choice(list(out.token_ids), out.text, out.finish or "length", out.stop_match, out.logprobs)
-            for out in job.outputs
-        ]
-        return RequestOutput(job.prompt, choices, job.seed, job.num_cached, job.prompt_logprobs)
+
+def _result(job: _Job) -> RequestOutput:
+    if job.errors:
+        raise StepError(job.errors[0])
+    choices = []
+    for out in job.outputs:
+        logprobs = None if job.params.logprobs is None else out.logprobs
+        choices.append(Choice(list(out.token_ids), out.text, out.finish or "length", out.stop_match, logprobs))
+    return RequestOutput(job.prompt, choices, job.seed, job.num_cached, job.prompt_logprobs)
 
 
 def _as_list(prompts: Any) -> list[Prompt]:
     # One prompt is a text, a list of ids, or a list of messages; several are a list of those.
+    if not isinstance(prompts, Sequence):
+        raise InvalidRequestError(f"prompts ({type(prompts).__name__}) must be a prompt or a list of prompts")
     if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int | Mapping)):
         return [prompts]
     return list(prompts)

@@ -17,6 +17,8 @@ from phalanx.runtime.memory import ITEMSIZE, Batch, cpu_share, gpu_share, size_p
 Auto = Literal["auto"]
 Section = TypeVar("Section", bound=msgspec.Struct)
 
+BLOCK_SIZES = (8, 16, 32, 64, 128, 256)
+
 
 class SchedulerSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`scheduler` of `LLM`; keys and defaults of the YAML section."""
@@ -61,6 +63,7 @@ def resolve_offline(
     """
     batch, pool = _section("scheduler", scheduler, SchedulerSection), _section("kv", kv, KvSection)
     threads = _section("workers", workers, WorkersSection).threads
+    _check_ranges(shape, batch, pool, threads)
     device = _device(device, shape)
     dtype = model.dtype if dtype == "auto" else dtype
     if dtype not in ITEMSIZE:
@@ -100,6 +103,26 @@ def resolve_offline(
         num_threads=_choose(threads, _fair_threads(shape.world_size) if shape.world_size > 1 else 0),
         kernels=dict(kernels),
     )
+
+
+def _check_ranges(shape: MeshShape, batch: SchedulerSection, pool: KvSection, threads: int | Auto) -> None:
+    """Ranges of the YAML; what the sizes must be to each other is checked where they meet."""
+    for name, value, low, high in (
+        ("tensor", shape.tp, 1, 1024),
+        ("pipeline", shape.pp, 1, 1024),
+        ("data", shape.dp, 1, 1024),
+        ("scheduler.max_batch_tokens", batch.max_batch_tokens, 1, 2**20),
+        ("scheduler.max_sequences", batch.max_sequences, 1, 2**16),
+        ("scheduler.max_model_len", batch.max_model_len, 1, 2**26),
+        ("kv.num_blocks", pool.num_blocks, 2, 2**31 - 1),
+        ("workers.threads", threads, 1, 1024),
+    ):
+        if value != "auto" and (type(value) is not int or not low <= value <= high):
+            raise ConfigError(f"{name} ({value!r}) must be an integer from {low} to {high}")
+    if pool.block_size != "auto" and pool.block_size not in BLOCK_SIZES:
+        raise ConfigError(f"kv.block_size ({pool.block_size}) must be one of {', '.join(map(str, BLOCK_SIZES))}")
+    if not 0 < pool.gpu_fraction <= 1:
+        raise ConfigError(f"kv.gpu_fraction ({pool.gpu_fraction}) must be a number in (0, 1]")
 
 
 def _device(device: str, shape: MeshShape) -> str:

@@ -23,7 +23,7 @@ class Sampled(NamedTuple):
     Attributes:
         token_ids: [N] int64.
         failed: [N] bool, the row's logits held NaN or infinity.
-        logprobs: of the sampled rows that asked (`logprob_rows`, host), or None.
+        logprobs: of the sampled rows that asked (`logprob_rows`, host), as many as the most demanding wants; or None.
         prompt_logprobs: per entry of `SampleRows.prompt`, with the ids they are about.
     """
 
@@ -62,7 +62,8 @@ class Sampler:
                 self._adjust(logits[row], sampling, int(rows.slots[row]), int(rows.lengths[row]))
         best, token_ids = logits.max(-1)  # the first of equal maxima, documented for both devices
         if any(sampling.temperature for sampling in params):
-            token_ids = self._sample(logits, *self._columns(params, rows))
+            # -1 = a failed row; its id is void, but it is the input of a step that is planned already.
+            token_ids = self._sample(logits, *self._columns(params, rows)).clamp_(min=0)
         logprobs = None
         if raw is not None:
             logprobs = top_logprobs(raw, token_ids[asked], max(params[row].logprobs for row in asked))
@@ -99,8 +100,10 @@ class Sampler:
             output = tokens[num_prompt:]
             counts = torch.zeros_like(logits).index_add_(0, output, torch.ones_like(output, dtype=logits.dtype))
             logits -= sampling.frequency_penalty * counts + sampling.presence_penalty * (counts > 0)
-        if length - num_prompt < sampling.min_tokens and sampling.stop_token_ids:
-            logits[self._table.to_device(np.array(sampling.stop_token_ids, np.int64))] = -torch.inf
+        if length - num_prompt < sampling.min_tokens:
+            # A checkpoint may name an end-of-sequence id that its vocabulary lacks.
+            banned = [token_id for token_id in sampling.stop_token_ids if token_id < len(logits)]
+            logits[self._table.to_device(np.array(banned, np.int64))] = -torch.inf
 
     def _prompt_logprobs(self, logits: Tensor, part: PromptRows) -> tuple[TopLogprobs, Tensor]:
         targets = self._table.tokens[part.slot, part.start + 1 : part.start + 1 + part.count].long()

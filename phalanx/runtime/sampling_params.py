@@ -1,7 +1,5 @@
 """What a request asks of the sampler, checked once where it enters."""
 
-import math
-
 import msgspec
 
 from phalanx.errors import InvalidRequestError
@@ -84,40 +82,66 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
                 _integer(name, getattr(self, name), 0, MAX_LOGPROBS)
+        for name in ("ignore_eos", "skip_special_tokens"):
+            if type(getattr(self, name)) is not bool:
+                raise InvalidRequestError(f"{name} ({_shown(getattr(self, name))}) must be true or false")
         self._check_collections()
 
     def _check_collections(self) -> None:
-        if isinstance(self.stop, str):
-            raise InvalidRequestError(
-                f"stop must be a sequence of strings, got the string {self.stop!r}; use [{self.stop!r}]"
-            )
+        if type(self.logit_bias) is not dict:
+            raise InvalidRequestError(f"logit_bias ({_shown(self.logit_bias)}) must be a dict of token id -> number")
         _count("logit_bias", len(self.logit_bias), MAX_LOGIT_BIAS)
         for token_id, bias in self.logit_bias.items():
             _integer("logit_bias token id", token_id, 0, 2**31 - 1)
             _real(f"logit_bias[{token_id}]", bias, -100.0, 100.0)
-        _count("stop", len(self.stop), MAX_STOP_STRINGS)
+        _sequence("stop", self.stop, "strings", MAX_STOP_STRINGS)
         for text in self.stop:
-            if not isinstance(text, str) or not 1 <= len(text) <= MAX_STOP_LENGTH:
-                raise InvalidRequestError(f"stop string {text!r} must have 1 to {MAX_STOP_LENGTH} characters")
-        _count("stop_token_ids", len(self.stop_token_ids), MAX_STOP_TOKEN_IDS)
+            # Half a surrogate pair is a str, but no text: it could not be sent on.
+            if type(text) is not str or not 1 <= len(text) <= MAX_STOP_LENGTH or not _is_text(text):
+                raise InvalidRequestError(f"stop string {_shown(text)} must have 1 to {MAX_STOP_LENGTH} characters")
+        _sequence("stop_token_ids", self.stop_token_ids, "token ids", MAX_STOP_TOKEN_IDS)
         for token_id in self.stop_token_ids:
             _integer("stop_token_ids", token_id, 0, 2**31 - 1)
 
 
+# Exact types: a bool is no number here, and subclasses (numpy scalars among them) cannot be put into a frame.
 def _real(name: str, value: object, low: float, high: float, *, open_low: bool = False) -> None:
-    # A closed range alone would let NaN through: every comparison with it is false.
-    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not good or not (low < value if open_low else low <= value) or value > high:  # type: ignore[operator]
-        raise InvalidRequestError(
-            f"{name} ({value!r}) must be a number in {'(' if open_low else '['}{low:g}, {high:g}]"
-        )
+    # Written so that NaN fails: every comparison with it is false.
+    if type(value) in (int, float) and (low < value if open_low else low <= value) and value <= high:  # type: ignore[operator]
+        return
+    raise InvalidRequestError(
+        f"{name} ({_shown(value)}) must be a number in {'(' if open_low else '['}{low:g}, {high:g}]"
+    )
 
 
 def _integer(name: str, value: object, low: int, high: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise InvalidRequestError(f"{name} ({value!r}) must be an integer from {low} to {high}")
+    if type(value) is not int or not low <= value <= high:
+        raise InvalidRequestError(f"{name} ({_shown(value)}) must be an integer from {low} to {high}")
+
+
+def _sequence(name: str, value: object, items: str, limit: int) -> None:
+    if type(value) not in (list, tuple):
+        hint = f"the string {_shown(value)}; use [{_shown(value)}]" if isinstance(value, str) else _shown(value)
+        raise InvalidRequestError(f"{name} must be a sequence of {items}, got {hint}")
+    _count(name, len(value), limit)  # type: ignore[arg-type]
 
 
 def _count(name: str, count: int, limit: int) -> None:
     if count > limit:
         raise InvalidRequestError(f"{name} has {count} entries; at most {limit} are allowed")
+
+
+def _is_text(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _shown(value: object) -> str:
+    """The value in a message; the repr of anything larger may be huge, or fail (integers of 4300 digits)."""
+    if isinstance(value, int) and value.bit_length() > 64:
+        return f"an integer of {value.bit_length()} bits"
+    is_plain = value is None or isinstance(value, int | float | str)
+    return f"{value!a:.80}" if is_plain else f"a {type(value).__name__}"

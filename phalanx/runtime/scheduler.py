@@ -217,7 +217,7 @@ class Scheduler:
                 return False
 
     def _admit_waiting(self, builders: list[StepBuilder]) -> None:
-        held = []
+        held: list[tuple[Order, Sequence]] = []
         while self._waiting and len(held) < MAX_PASSED:
             seq = self._waiting[0][1]
             if seq.status == FINISHED:
@@ -321,7 +321,7 @@ class Scheduler:
             seq.choice,
             position,
             [] if failed else [token_id],
-            None if logprobs is None or failed else [logprobs],
+            None if logprobs is None or failed else [_cut(logprobs, seq.sampling.logprobs)],
             finish,
             "the model's logits held NaN or infinity for this row" if failed else None,
             None if seq.prompt_logprobs is None else seq.take_prompt_logprobs(),
@@ -353,3 +353,11 @@ class Scheduler:
                 stop = min(end, seq.num_prompt - 1)
                 # By position: after a preemption the same entries come again.
                 seq.prompt_logprobs[stop - len(entries) : stop] = entries
+
+
+def _cut(logprobs: TokenLogprobs, count: int) -> TokenLogprobs:
+    """What the request asked for: ranks answer all rows of a step alike, with as many as the most demanding wants."""
+    if len(logprobs.top_ids) == count:
+        return logprobs
+    token_id, logprob, rank = logprobs.token_id, logprobs.logprob, logprobs.rank
+    return TokenLogprobs(token_id, logprob, rank, logprobs.top_ids[:count], logprobs.top_logprobs[:count])

@@ -6,6 +6,7 @@ last sampled id is not known to the host when the next step starts:
     tokens[slot, 0 : num_computed + 1]   prompt, output so far, and the id sampled last
 """
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -16,12 +17,13 @@ from torch import Tensor
 from phalanx.kernels.types import AttnMeta
 from phalanx.models.batch import ForwardBatch
 from phalanx.runtime.kv.spec import KVSpec
-from phalanx.runtime.plan import DomainPlan, PlanError, SlotSampling
+from phalanx.runtime.plan import DomainPlan, PlanError, SlotInit, SlotSampling
 
 Ints = NDArray[np.int32]
 
 
-class PromptRows(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class PromptRows:
     """A chunk that wants prompt logprobs: `count` logits from `first_logit` on, about prompt tokens `start + 1 ...`."""
 
     slot: int
@@ -72,21 +74,17 @@ class SlotTable:
             PlanError: a slot, block id or length outside the rank's bounds.
         """
         for slot in plan.release:
+            self._check_slot(slot, is_admitted=True)
             self.is_admitted[slot] = False
             self._wants_prompt.discard(slot)
         for init in plan.admit:
-            ids = np.frombuffer(init.token_ids, np.uint32).astype(np.int32)
-            if len(ids) > self.spec.max_model_len:
-                raise PlanError(f"slot {init.slot}: {len(ids)} tokens; at most {self.spec.max_model_len} fit")
-            self.sampling[init.slot] = init.sampling
-            self.is_admitted[init.slot] = True
-            if init.sampling.prompt_logprobs >= 0:
-                self._wants_prompt.add(init.slot)
-            self.num_computed[init.slot] = init.num_computed_tokens
-            self.num_prompt[init.slot] = init.num_prompt_tokens
-            self.block_tables[init.slot] = 0
-            self.tokens[init.slot, : len(ids)].copy_(self.to_device(ids))
+            self._check_slot(init.slot, is_admitted=False)
+            self._admit(init)
         for slot, first, block_ids in ((e.slot, e.first_index, e.block_ids) for e in plan.extend):
+            self._check_slot(slot, is_admitted=True)
+            # The last column stays null: kernels may read one entry past the longest sequence.
+            if not 0 <= first <= first + len(block_ids) < self.block_tables.shape[1]:
+                raise PlanError(f"slot {slot}: blocks {first}..{first + len(block_ids) - 1} are outside its table")
             if block_ids and not 0 < min(block_ids) <= max(block_ids) < self.spec.num_blocks:
                 raise PlanError(f"slot {slot}: block ids {block_ids} outside 1..{self.spec.num_blocks - 1}")
             self.block_tables[slot, first : first + len(block_ids)] = block_ids
@@ -96,10 +94,11 @@ class SlotTable:
 
         Args:
             rows: flat triples (slot, num_tokens, sample), rows of one token first.
+
+        Raises:
+            PlanError: a row of a slot that is not in use or has another one, or tokens without a block.
         """
-        slots, q_lens, sample = np.asarray(rows, np.int32).reshape(-1, 3).T
-        if not self.is_admitted[slots].all():
-            raise PlanError(f"slots {slots[~self.is_admitted[slots]].tolist()} have work but were never admitted")
+        slots, q_lens, sample = self._columns(rows)
         starts = self.num_computed[slots]
         ends = starts + q_lens
         cu_seqlens = np.zeros(len(slots) + 1, np.int32)
@@ -110,6 +109,8 @@ class SlotTable:
         token_slots = np.repeat(slots, q_lens)
         block_size = self.spec.block_size
         blocks = self.block_tables[token_slots, positions // block_size]
+        if not blocks.all():  # the null block is nobody's
+            raise PlanError(f"slots {sorted(set(token_slots[blocks == 0].tolist()))} have tokens beyond their blocks")
         slot_mapping = blocks.astype(np.int64) * block_size + positions % block_size
         max_seq_len = int(ends.max(initial=0))
         # One entry past the longest sequence stays readable (kernels.md section 3).
@@ -132,6 +133,51 @@ class SlotTable:
         if len(sampled.slots):
             index = sampled.slots.astype(np.int64) * self.tokens.shape[1] + sampled.lengths
             self.tokens.view(-1)[self.to_device(index)] = token_ids.to(torch.int32)
+
+    def _admit(self, init: SlotInit) -> None:
+        num_tokens, slot = len(init.token_ids) // 4, init.slot
+        if len(init.token_ids) % 4 or num_tokens > self.spec.max_model_len:
+            raise PlanError(
+                f"slot {slot}: {len(init.token_ids)} bytes are not 1..{self.spec.max_model_len} tokens of 4"
+            )
+        if not (0 <= init.num_computed_tokens < num_tokens and 0 < init.num_prompt_tokens <= num_tokens):
+            raise PlanError(
+                f"slot {slot}: {init.num_computed_tokens} tokens computed and {init.num_prompt_tokens} of the prompt "
+                f"do not fit {num_tokens} tokens"
+            )
+        self.sampling[slot] = init.sampling
+        self.is_admitted[slot] = True
+        if init.sampling.prompt_logprobs >= 0:
+            self._wants_prompt.add(slot)
+        self.num_computed[slot] = init.num_computed_tokens
+        self.num_prompt[slot] = init.num_prompt_tokens
+        self.block_tables[slot] = 0
+        ids = np.frombuffer(init.token_ids, "<u4").astype(np.int32)
+        self.tokens[slot, :num_tokens].copy_(self.to_device(ids))
+
+    def _check_slot(self, slot: int, *, is_admitted: bool) -> None:
+        if not 0 <= slot < len(self.is_admitted):
+            raise PlanError(f"slot {slot} is not one of {len(self.is_admitted)}")
+        if self.is_admitted[slot] != is_admitted:
+            raise PlanError(f"slot {slot} is {'not in use' if is_admitted else 'in use already'}")
+
+    def _columns(self, rows: list[int]) -> Ints:
+        """Slots, lengths and sample flags [3, S] of a step's rows, all of them legal."""
+        if len(rows) % 3:
+            raise PlanError(f"{len(rows)} integers are no triples of (slot, num_tokens, sample)")
+        columns = np.asarray(rows, np.int32).reshape(-1, 3).T
+        slots, q_lens, _ = columns
+        in_range = 0 <= slots.min(initial=0) <= slots.max(initial=0) < len(self.is_admitted)
+        if not in_range or not self.is_admitted[slots].all():
+            raise PlanError(f"slots {slots.tolist()} have work; in use are {np.flatnonzero(self.is_admitted).tolist()}")
+        if np.bincount(slots, minlength=1).max() > 1:
+            raise PlanError(f"slots {slots.tolist()} have work, one of them twice")
+        lengths = self.num_computed[slots] + q_lens
+        if q_lens.min(initial=1) < 1 or lengths.max(initial=0) > self.spec.max_model_len:
+            raise PlanError(f"rows of {q_lens.tolist()} tokens end at {lengths.tolist()} of {self.spec.max_model_len}")
+        if ((q_lens[1:] == 1) & (q_lens[:-1] > 1)).any():
+            raise PlanError(f"rows of {q_lens.tolist()} tokens: those of one token come first")
+        return columns
 
     def _prompt_rows(
         self, slots: Ints, starts: Ints, ends: Ints, cu_seqlens: Ints, num_sampled: int

@@ -1,15 +1,14 @@
 """The whole offline engine against transformers: every family, every layout, under every kind of pressure. Runs in X s.
 
-An engine whose steps are smaller than the prompts and whose pool is too small for all of them answers three batches:
-the first computes its prompts in chunks, the second finds them in the prefix cache, the third preempts. Every rank of
-the last stage writes down every logit it computes, and each is compared with transformers' for the same token ids.
+An engine whose steps are smaller than the prompts and whose pool is too small for all of them answers two batches: the
+first asks for the logits of two prompts; the second answers all, in chunks, from cached prefixes, and preempted. Every
+rank of the last stage writes down every logit it computes, and each is compared with transformers' for the same ids.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
 from phalanx import LLM, SamplingParams
 from tests.support import tiny
@@ -25,7 +24,7 @@ PRESSURE = {
 }
 TITLE = "family x (tp,pp,dp) against transformers: largest logit error, equal tokens, cached prompt tokens, preemptions"
 GREEDY = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
-ASKING = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True, prompt_logprobs=0)
+ASKING = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True, prompt_logprobs=0)
 
 
 @pytest.fixture(scope="module")
@@ -46,31 +45,25 @@ def oracle_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Oracl
 @pytest.mark.parametrize("family", tiny.family_names())
 def test_engine_equals_transformers(family, layout, oracle_of, tmp_path, record_property):
     oracle, (tp, pp, dp) = oracle_of(family), LAYOUTS[layout]
-    with forked_ranks(tmp_path), _llm(oracle.path, tp, pp, dp) as llm:
-        assert max(map(len, oracle.prompts[:2])) > BUDGET
-        _answer(llm, oracle, [0, 1], ASKING)
+    shape = {"tensor": tp, "pipeline": pp, "data": dp}
+    with forked_ranks(tmp_path), LLM(str(oracle.path), **shape, **SHARING_CORES, **PRESSURE) as llm:
+        assert min(map(len, oracle.prompts[:2])) > BUDGET
+        assert _answer(llm, oracle, [0, 1], ASKING) == [0, 0]
         assert llm.engine.scheduler.num_preemptions == 0
-        cached = _answer(llm, oracle, [0, 1, 2, 3], GREEDY)
-        assert cached[0] >= 32
-        assert cached[1] >= 32
-        before = llm.engine.scheduler.num_preemptions
-        cached += _answer(llm, oracle, [0, 1, 2, 3, 4, 5], GREEDY)
+        cached = _answer(llm, oracle, [0, 1, 2, 3, 4, 5], GREEDY)
+        assert min(cached[:2]) > 0
         num_preemptions = llm.engine.scheduler.num_preemptions
-        assert num_preemptions > before
+        assert num_preemptions > 0
     error = _largest_error(oracle, tmp_path, num_ranks=tp * dp)
     assert error < TOLERANCE
-    cell = f"{error:.1e} {12 * NUM_TOKENS} {sum(cached)} {num_preemptions}"
+    cell = f"{error:.1e} {6 * NUM_TOKENS} {sum(cached)} {num_preemptions}"
     record_property("table", (TITLE, family, layout, cell))
-
-
-def _llm(path: Path, tp: int, pp: int, dp: int) -> LLM:
-    return LLM(str(path), tensor=tp, pipeline=pp, data=dp, **SHARING_CORES, **PRESSURE)
 
 
 def _answer(llm: LLM, oracle: Oracle, which: list[int], params: SamplingParams) -> list[int]:
     """Answer some of the oracle's prompts together, all tokens equal; returns the cached tokens of each prompt."""
     results = llm.generate([oracle.prompts[i] for i in which], params)
-    assert [result.token_ids for result in results] == [oracle.outputs[i] for i in which]
+    assert [result.token_ids for result in results] == [oracle.outputs[i][: params.max_tokens] for i in which]
     while llm.engine.has_work:
         llm.engine.step(1.0)
     llm.engine.check()

@@ -13,6 +13,7 @@ import torch
 
 from phalanx import plugins
 from phalanx.kernels.cpu import library
+from phalanx.kernels.linear import pack
 
 COMPILER = shutil.which(library.COMPILER)
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
@@ -28,8 +29,9 @@ def test_this_machine_builds_the_kernels() -> None:
 
 
 @needs_compiler
-def test_builds_once_and_leaves_no_other_file(tmp_path: Path) -> None:
+def test_builds_once_and_leaves_no_other_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert COMPILER is not None
+    monkeypatch.setattr(library, "FLAGS", (*library.FLAGS, "-O0"))  # quick to build
     path = library.build(COMPILER, tmp_path / "new")
     built = path.stat().st_mtime_ns
     assert library.build(COMPILER, tmp_path / "new") == path
@@ -65,7 +67,7 @@ def test_a_cache_that_cannot_be_written_is_a_reason(monkeypatch: pytest.MonkeyPa
 def portable(tmp_path_factory: pytest.TempPathFactory) -> library.Library:
     """The same sources for a CPU with SSE4 alone: no AVX, no fused multiply-add."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(library, "FLAGS", tuple(f.replace("=native", "=x86-64-v2") for f in library.FLAGS))
+        patch.setattr(library, "FLAGS", (*library.FLAGS, "-march=x86-64-v2", "-O1"))
         assert COMPILER is not None
         path = library.build(COMPILER, tmp_path_factory.mktemp("portable"))
     return library.Library(ctypes.CDLL(str(path)), "")
@@ -91,6 +93,17 @@ def test_portable_code_path(
         for want, got in (*pairs, *((oracle[name], inputs[name]) for name in op.mutates)):
             atol, rtol = (1e-5, 1.3e-6) if dtype == torch.float32 else (1e-3, 1.6e-2)
             torch.testing.assert_close(got, want, atol=atol, rtol=rtol, equal_nan=True)
+
+
+@needs_compiler
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="x86-64 flags")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_portable_linear(dtype: torch.dtype, portable: library.Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "load", lambda: portable)
+    generator = torch.Generator().manual_seed(4)
+    weight, x = (torch.randint(-3, 4, (rows, 70), generator=generator).to(dtype) for rows in (130, 19))
+    exact = (x.double() @ weight.double().T).to(dtype)
+    assert torch.equal(pack(weight, choose={"linear": "cpp"})(x), exact)
 
 
 def test_importing_the_kernels_neither_builds_nor_touches_a_gpu() -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from phalanx.errors import ConfigError
-from phalanx.kernels import act_mul, registry
+from phalanx.kernels import act_mul, linear, registry
 from phalanx.kernels.cpu import library
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -21,19 +21,27 @@ def test_unknown_implementation_lists_the_known_ones() -> None:
         registry.bind("act_mul", device=CPU, dtype=torch.float32, choose={"act_mul": "avx"})
 
 
+def test_a_choice_for_an_unknown_op_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"op 'norm' is unknown; known: act_mul, .*, linear"):
+        registry.bind("act_mul", device=CPU, dtype=torch.float32, choose={"norm": "cpp"})
+
+
 def test_the_reference_can_be_chosen() -> None:
     bound = registry.bind("act_mul", device=CPU, dtype=torch.float32, choose={"act_mul": "reference"})
     assert bound is act_mul.reference
 
 
 def test_cuda_falls_back_to_the_references() -> None:
-    assert {row.impl for row in registry.explain(device=CUDA, dtype=torch.bfloat16)} == {"reference"}
+    rows = {row.op: row for row in registry.explain(device=CUDA, dtype=torch.bfloat16)}
+    assert rows.pop("linear").impl == "torch"
+    assert {row.impl for row in rows.values()} == {"reference"}
 
 
 @needs_cpp
 def test_explain_tells_what_runs_and_why() -> None:
     rows = {row.op: row for row in registry.explain(device=CPU, dtype=torch.bfloat16, choose={"sample": "reference"})}
     assert rows["paged_attention"] == ("paged_attention", "cpp", True, ())
+    assert rows["linear"][:3] == ("linear", "cpp", True)
     assert rows["sample"].rejected == (("cpp", "reference was asked for"),)
     (half,) = [row for row in registry.explain(device=CPU, dtype=torch.float16) if row.op == "act_mul"]
     assert half.impl == "reference"
@@ -42,6 +50,7 @@ def test_explain_tells_what_runs_and_why() -> None:
 
 def test_without_a_library_the_reason_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "load", lambda: library.Library(None, "no C++ compiler"))
+    assert linear.select(CPU, torch.float32)[1][0] == ("cpp", "no C++ compiler")
     assert registry.bind("act_mul", device=CPU, dtype=torch.float32) is act_mul.reference
     (row,) = [row for row in registry.explain(device=CPU, dtype=torch.float32) if row.op == "act_mul"]
     assert row.rejected == (("cpp", "no C++ compiler"),)

@@ -122,7 +122,8 @@ class FakeRank:
         self._apply(part, failed)
         rows = list(zip(part.rows[::3], part.rows[1::3], part.rows[2::3], strict=True))
         self._check_rows(rows)
-        slots, token_ids, broken, logprobs, prompt = [], [], [], [], []
+        slots, token_ids, broken, prompt = list[int](), list[int](), list[int](), []
+        logprobs: list[TokenLogprobs | None] = []
         for index, (slot_id, num_tokens, sample) in enumerate(rows):
             slot = self._slot(slot_id)
             start, end = slot.num_computed, slot.num_computed + num_tokens

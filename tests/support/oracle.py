@@ -1,5 +1,7 @@
 """What transformers answers to a family's tiny checkpoint: the oracle of the end-to-end tests."""
 
+import math
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -96,3 +98,60 @@ def generate(model: Any, prompts: Tensor) -> Tensor:
         pad_token_id=0,
     )
     return ids
+
+
+def sample(model: Any, prompt: list[int], params: SamplingParams, seed: int, choice: int = 0) -> list[int]:
+    """What `SamplingParams` promises, token by token in plain Python, on transformers' logits; ids that end it included.
+
+    Its random numbers are the product's own (`gumbel`), nothing else is. `max_tokens` must be set; the model's
+    end-of-sequence ids do not count, so give `ignore_eos`.
+    """
+    output: list[int] = []
+    while len(output) < (params.max_tokens or 0):
+        logits = dict(enumerate(tiny.hf_logits(model, prompt + output)[-1].tolist()))
+        token_id = _choose(_adjusted(logits, prompt, output, params), params, seed, len(output), choice)
+        output.append(token_id)
+        if token_id in params.stop_token_ids:
+            break
+    return output
+
+
+def _adjusted(
+    logits: dict[int, float], prompt: list[int], output: list[int], params: SamplingParams
+) -> dict[int, float]:
+    for token_id, bias in params.logit_bias.items():
+        logits[token_id] += bias
+    for token_id in {*prompt, *output}:
+        penalty = params.repetition_penalty
+        logits[token_id] = logits[token_id] / penalty if logits[token_id] > 0 else logits[token_id] * penalty
+    for token_id, count in Counter(output).items():
+        logits[token_id] -= params.presence_penalty + params.frequency_penalty * count
+    if len(output) < params.min_tokens:
+        for token_id in params.stop_token_ids:
+            logits[token_id] = -math.inf
+    return logits
+
+
+def _choose(logits: dict[int, float], params: SamplingParams, seed: int, position: int, choice: int) -> int:
+    order = sorted(logits, key=lambda token_id: (-logits[token_id], token_id))
+    if params.temperature == 0:
+        return order[0]
+    kept = order[: params.top_k or None]
+    heated = {token_id: (logits[token_id] - logits[order[0]]) / params.temperature for token_id in kept}
+    weight = {token_id: math.exp(value) for token_id, value in heated.items()}
+    enough, mass = params.top_p * math.fsum(weight.values()), 0.0
+    survivors = []
+    for token_id in kept:
+        if params.top_p < 1 and mass >= enough:
+            break
+        mass += weight[token_id]
+        if weight[token_id] >= params.min_p:
+            survivors.append(token_id)
+    column = torch.tensor(survivors)
+    words = [torch.tensor(value) for value in (_signed(seed), position, choice)]
+    noise = dict(zip(survivors, gumbel(column, *words).tolist(), strict=True))
+    return max(survivors, key=lambda token_id: heated[token_id] + noise[token_id])
+
+
+def _signed(seed: int) -> int:
+    return seed - (1 << 64) if seed >> 63 else seed

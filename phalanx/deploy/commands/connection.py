@@ -13,9 +13,9 @@ RETRY_S = 3.0
 """A person waits at the other end: shorter than the patience of a program."""
 
 
-def connect(arguments: argparse.Namespace, retry_s: float = RETRY_S) -> Client:
+def connect(arguments: argparse.Namespace) -> Client:
     """A client of the deployment that was asked for."""
-    return Client(target.client_address(arguments), retry_s=retry_s)
+    return Client(target.client_address(arguments), retry_s=RETRY_S)
 
 
 def print_json(value: Any) -> None:

@@ -6,25 +6,26 @@ from ctypes import c_int, c_long, c_void_p
 import torch
 from torch import Tensor, get_num_threads
 
+from phalanx.kernels import memory
 from phalanx.kernels.cpu import library
 
 PANEL = 48  # linear.cpp
 
 
-def refuses(weight: Tensor) -> str | None:
-    """Why the C++ product cannot use this weight, or None."""
-    if weight.device.type != "cpu":
-        return f"the weight is on {weight.device.type}"
-    if weight.shape[1] * weight.dtype.itemsize % 4:
-        return f"its rows ({weight.shape[1]} of {weight.dtype}) are not whole 32-bit words"
-    return library.refuses(weight.dtype)
+def refuses(device: torch.device, dtype: torch.dtype, in_features: int) -> str | None:
+    """Why the C++ product cannot use such a weight, or None."""
+    if device.type != "cpu":
+        return f"the weight is on {device.type}"
+    if in_features * dtype.itemsize % 4:
+        return f"its rows ({in_features} of {dtype}) are not whole 32-bit words"
+    return library.refuses(dtype)
 
 
 def pack(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
     """Copy the weight (N, K) into panels; the result maps contiguous or strided (..., K) to (..., N)."""
     dtype, suffix = weight.dtype, library.SUFFIX[weight.dtype]
     n, k = weight.shape
-    packed = torch.empty((-(-n // PANEL), k, PANEL), dtype=dtype)
+    packed = memory.empty((-(-n // PANEL), k, PANEL), dtype, weight.device)
     weight = weight.detach().contiguous()
     copy = library.function(f"pack_linear_{suffix}", (c_void_p, c_void_p, c_long, c_long, c_int))
     copy(weight.data_ptr(), packed.data_ptr(), n, k, get_num_threads())

@@ -152,11 +152,17 @@ class LinkExecutor:
                     lost[other] = None
         cause = min(lost, key=lambda r: (_is_consequence(lost[r]), lost[r] is None, r))
         said = lost[cause]
-        raise ReplicaLostError(f"{self._name(cause)} " + (f"failed:\n{said.error}" if said else "died without a word"))
+        end = f"failed:\n{said.error}" if said else "died without a word"
+        raise ReplicaLostError(f"{self._name(cause, said)} {end}")
 
-    def _name(self, rank: int) -> str:
+    def _name(self, rank: int, words: RankFailed | None = None) -> str:
+        # A rank that fails while it starts has not been ready: its own last words say where it was.
         known = self.ready[rank] if rank < len(self.ready) else None
-        return f"rank {rank}" + (f" (node {known.node}, pid {known.pid}, log {known.log_path or '-'})" if known else "")
+        where = known or words
+        if where is None:
+            return f"rank {rank}"
+        pid = f", pid {known.pid}" if known else ""
+        return f"rank {rank} (node {where.node}{pid}, log {where.log_path or '-'})"
 
 
 def _is_consequence(words: RankFailed | None) -> bool:

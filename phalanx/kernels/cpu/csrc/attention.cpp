@@ -1,8 +1,8 @@
 // paged_attention: online softmax over tiles of 64 keys that lie at fixed positions (0-63, 64-127, ...).
 //
-// A query row's result is a function of its q and its keys alone, bit for bit: every row does the same operations in the
-// same order whether it is a decode, stands anywhere in a prefill chunk, or shares its tile with other rows. Masked keys
-// have probability +0 and a finite value, so they add nothing. No split of the keys depends on the batch or the threads.
+// A query row's result is a function of its q and its keys alone, bit for bit: every row does the same operations in
+// the same order whether it is a decode, stands anywhere in a prefill chunk, or shares its tile with other rows. Masked
+// keys have probability +0 and a finite value, so they add nothing. No split of the keys depends on batch or threads.
 //
 // A work item is up to BLOCK_ROWS rows of one sequence, a row being (kv head, token, head of its group). Its steps are
 // (tile, kv head), heads inside: the heads of a block lie side by side in the pool, which the hardware can foresee.
@@ -44,8 +44,6 @@ struct Tile {
     const T *k[TILE], *v[TILE];
 };
 
-inline int round_up(int x, int to) { return (x + to - 1) / to * to; }
-
 // Everything one thread needs; all rows padded to whole vectors.
 template <class T>
 struct Scratch {
@@ -57,7 +55,7 @@ struct Scratch {
     float top[BLOCK_ROWS], total[BLOCK_ROWS], alpha[BLOCK_ROWS];
     int first_key[BLOCK_ROWS], last_key[BLOCK_ROWS];
 
-    explicit Scratch(int dim) : padded(round_up(dim, LANES)) {
+    explicit Scratch(int dim) : padded(ceil_div(dim, LANES) * LANES) {
         const long rows = (long)BLOCK_ROWS * padded, tile = (long)TILE * padded;
         storage = (float*)std::aligned_alloc(64, (2 * rows + BLOCK_ROWS * TILE + 4 * tile + padded) * sizeof(float));
         float* at = storage;
@@ -117,14 +115,15 @@ struct Attention {
         for (int h = 0; h < item.heads; ++h)
             for (int r = 0; r < item.rows; ++r) {
                 const long head = item.head + h, token = item.q_start + (item.row + r) / shape.group;
-                const int in_group = (item.row + r) % shape.group;
-                body(h * item.rows + r, ((head * batch.tokens + token) * shape.group + in_group) * shape.dim,
-                     ((token * shape.kv_heads + head) * shape.group + in_group) * shape.dim, head * shape.group + in_group);
+                const long in_group = (item.row + r) % shape.group, query_head = head * shape.group + in_group;
+                const long from = (head * batch.tokens + token) * shape.group + in_group;
+                const long to = token * shape.kv_heads * shape.group + query_head;
+                body(h * item.rows + r, from * shape.dim, to * shape.dim, query_head);
             }
     }
 
     void begin_rows(Scratch<T>& s, const Item& item) const {
-        for_rows(item, [&](int i, long from, long, int query_head) {
+        for_rows(item, [&](int i, long from, long, long query_head) {
             for (int d = 0; d < s.padded; d += LANES) {
                 store((T*)(s.q + i * words<T>(s.padded)) + d, load_part(q + from + d, shape.dim - d));
                 store(s.acc + i * s.padded + d, vec{});
@@ -136,7 +135,7 @@ struct Attention {
     }
 
     void end_rows(const Scratch<T>& s, const Item& item) const {
-        for_rows(item, [&](int i, long, long to, int) {
+        for_rows(item, [&](int i, long, long to, long) {
             const float inverse = s.total[i] == 0 ? 0.0f : 1.0f / s.total[i];
             for (int d = 0; d < s.padded; d += LANES)
                 store_part(out + to + d, load(s.acc + i * s.padded + d) * inverse, shape.dim - d);
@@ -145,7 +144,7 @@ struct Attention {
 
     // One tile of one head; its rows stand from `base` in the scratch.
     void step(Scratch<T>& s, const Item& item, const Tile<T>& now, const Tile<T>& next, int base, int start) const {
-        const int rows = item.rows, vectors = (std::min(item.last - start, TILE) + LANES - 1) / LANES;
+        const int rows = item.rows, vectors = ceil_div(std::min(item.last - start, TILE), LANES);
         const int num_words = words<T>(s.padded);
         for (int v = 0; v < vectors; ++v)
             transpose_keys(now.k + v * LANES, next.k + v * LANES, num_words, s.k_transposed + v * LANES);
@@ -209,7 +208,7 @@ struct Attention {
         long heads_wanted;        // heads per item, if the rows leave room: many threads want many small items
     };
 
-    long num_rows(long seq) const { return (long)(batch.cu_seqlens_q[seq + 1] - batch.cu_seqlens_q[seq]) * shape.group; }
+    int q_len(long seq) const { return batch.cu_seqlens_q[seq + 1] - batch.cu_seqlens_q[seq]; }
 
     int heads_of(const Items& items, long rows) const {
         return rows ? std::clamp<long>(std::min(BLOCK_ROWS / rows, items.heads_wanted), 1, shape.kv_heads) : 1;
@@ -217,12 +216,12 @@ struct Attention {
 
     Items plan(int threads) const {
         Items items{std::vector<long>(batch.num_seqs + 1), 0};
-        long head_items = 0;
-        for (long i = 0; i < batch.num_seqs; ++i) head_items += (num_rows(i) + BLOCK_ROWS - 1) / BLOCK_ROWS * shape.kv_heads;
-        items.heads_wanted = head_items / (2 * threads);
+        long blocks = 0;
+        for (long i = 0; i < batch.num_seqs; ++i) blocks += ceil_div((long)q_len(i) * shape.group, BLOCK_ROWS);
+        items.heads_wanted = blocks * shape.kv_heads / (2 * threads);
         for (long i = 0; i < batch.num_seqs; ++i) {
-            const long rows = num_rows(i), heads = heads_of(items, rows);
-            items.first[i + 1] = items.first[i] + (rows + BLOCK_ROWS - 1) / BLOCK_ROWS * ((shape.kv_heads + heads - 1) / heads);
+            const long rows = (long)q_len(i) * shape.group, slices = ceil_div(shape.kv_heads, heads_of(items, rows));
+            items.first[i + 1] = items.first[i] + ceil_div(rows, BLOCK_ROWS) * slices;
         }
         return items;
     }
@@ -231,8 +230,8 @@ struct Attention {
     Item item_at(const Items& items, long i) const {
         if (i < 0) return Item{};
         const long seq = std::upper_bound(items.first.begin(), items.first.end(), i) - items.first.begin() - 1;
-        const long rows = num_rows(seq);
-        const int heads = heads_of(items, rows), slices = (shape.kv_heads + heads - 1) / heads;
+        const long rows = (long)q_len(seq) * shape.group;
+        const int heads = heads_of(items, rows), slices = ceil_div(shape.kv_heads, heads);
         const long within = i - items.first[seq];
         Item item;
         item.table = batch.block_tables + seq * batch.table_width;
@@ -241,7 +240,7 @@ struct Attention {
         item.heads = std::min(heads, shape.kv_heads - item.head);
         item.row = within / slices * BLOCK_ROWS;
         item.rows = std::min<long>(rows - item.row, BLOCK_ROWS);
-        item.context = batch.seq_lens[seq] - (batch.cu_seqlens_q[seq + 1] - batch.cu_seqlens_q[seq]);
+        item.context = batch.seq_lens[seq] - q_len(seq);
         item.first = first_key(item, 0);
         item.last = last_key(item, item.rows - 1);
         return item;

@@ -19,7 +19,8 @@ INLINE void transpose(vec r[LANES]) {
         UNROLL for (int j = 0; j < 2; ++j) {
             vec a = t[i + j], b = t[i + j + 2];
             r[i + 2 * j] = __builtin_shuffle(a, b, ivec{0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29});
-            r[i + 2 * j + 1] = __builtin_shuffle(a, b, ivec{2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31});
+            r[i + 2 * j + 1] =
+                __builtin_shuffle(a, b, ivec{2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31});
         }
     }
     UNROLL for (int i = 0; i < 16; i += 8) {
@@ -30,8 +31,9 @@ INLINE void transpose(vec r[LANES]) {
         }
     }
     UNROLL for (int j = 0; j < 8; ++j) {
-        r[j] = __builtin_shuffle(t[j], t[j + 8], ivec{0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23});
-        r[j + 8] = __builtin_shuffle(t[j], t[j + 8], ivec{8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31});
+        const vec a = t[j], b = t[j + 8];
+        r[j] = __builtin_shuffle(a, b, ivec{0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23});
+        r[j + 8] = __builtin_shuffle(a, b, ivec{8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31});
     }
 }
 
@@ -67,10 +69,11 @@ void score_rows(const float* q, int num_words, const float* k_transposed, float*
             UNROLL for (int v = 0; v < V; ++v) acc[r][v] = dot_word(acc[r][v], x, k[v], (const T*)nullptr);
         }
     }
-    UNROLL for (int r = 0; r < R; ++r) UNROLL for (int v = 0; v < V; ++v) store(scores + r * TILE + v * LANES, acc[r][v]);
+    UNROLL for (int r = 0; r < R; ++r) UNROLL for (int v = 0; v < V; ++v)
+        store(scores + r * TILE + v * LANES, acc[r][v]);
 }
 
-// acc[R][16 V] = alpha[R] acc + sum over keys of p v; `next` = the next tile's values, to be fetched meanwhile, or null.
+// acc[R][16 V] = alpha[R] acc + sum over keys of p v; `next` = the next tile's values to fetch meanwhile, or null.
 template <class T, int R, int V>
 INLINE void value_rows(const T* const* values, const T* const* next, int at, int first, int last, const float* p,
                        const float* alpha, float* acc, int padded) {

@@ -33,7 +33,8 @@ void add_rms_norm(const T* x, const T* residual, const float* weight, T* y, T* s
 #pragma omp parallel for num_threads(threads) if (threads > 1 && rows > 1 && rows * width >= PARALLEL_FROM)
     for (long row = 0; row < rows; ++row) {
         long at = row * width;
-        norm_row(x + at, residual ? residual + at : nullptr, weight, y + at, residual ? stream + at : nullptr, width, eps);
+        norm_row(x + at, residual ? residual + at : nullptr, weight, y + at, residual ? stream + at : nullptr, width,
+                 eps);
     }
 }
 

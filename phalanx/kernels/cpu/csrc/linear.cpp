@@ -1,8 +1,8 @@
 // linear: y = x w^T + bias, with the weight packed in panels of 48 outputs: [panel][word of k][48].
 //
-// An output is one chain of multiply-adds over k that never leaves its register, so its bits depend neither on the number
-// of rows nor on the threads. A panel is read from memory once and serves all rows from the L2 cache, while the next one
-// is fetched.
+// An output is one chain of multiply-adds over k that never leaves its register, so its bits depend neither on the
+// number of rows nor on the threads. A panel is read from memory once and serves all rows from the L2 cache, while the
+// next one is fetched.
 #include "vec.h"
 
 #include <algorithm>
@@ -17,8 +17,8 @@ constexpr int PREFETCH_FROM = 4;  // rows; below, the panels are read so fast th
 
 // R rows of one panel; in the meantime `lines` cache lines per word are fetched from `ahead` on.
 template <class T, int R, int V>
-void panel_rows(const T* x, const float* panel, const float* bias, T* y, long k, long n, int columns, const float* ahead,
-                int lines) {
+void panel_rows(const T* x, const float* panel, const float* bias, T* y, long k, long n, int columns,
+                const float* ahead, int lines) {
     vec acc[R][V] = {};
     const float* row[R];
     UNROLL for (int r = 0; r < R; ++r) row[r] = (const float*)(x + r * k);
@@ -40,15 +40,15 @@ void panel_rows(const T* x, const float* panel, const float* bias, T* y, long k,
 
 // Rows [first, last) of one panel, in groups as even as possible; the groups share the fetching of `ahead`.
 template <class T>
-void panel_block(const T* x, const float* panel, const float* bias, T* y, long k, long n, int columns, const float* ahead,
-                 long first, long last) {
-    const long groups = (last - first + ROWS - 1) / ROWS, parts = std::min<long>(groups, VECTORS);
+void panel_block(const T* x, const float* panel, const float* bias, T* y, long k, long n, int columns,
+                 const float* ahead, long first, long last) {
+    const long groups = ceil_div(last - first, ROWS), parts = std::min<long>(groups, VECTORS);
     for (long g = 0; g < groups; ++g) {
         const long from = first + (last - first) * g / groups, to = first + (last - first) * (g + 1) / groups;
         const long skip = VECTORS * g / parts;
         const int lines = ahead && g < parts && last - first >= PREFETCH_FROM ? VECTORS * (g + 1) / parts - skip : 0;
         with_int<ROWS>(to - from, [&](auto rows) {
-            with_int<VECTORS>((columns + LANES - 1) / LANES, [&](auto vectors) {
+            with_int<VECTORS>(ceil_div(columns, LANES), [&](auto vectors) {
                 panel_rows<T, rows.value, vectors.value>(x + from * k, panel, bias, y + from * n, k, n, columns,
                                                          ahead + skip * words<T>(k) * LANES, lines);
             });
@@ -59,8 +59,8 @@ void panel_block(const T* x, const float* panel, const float* bias, T* y, long k
 template <class T>
 void linear(const T* x, const float* packed, const float* bias, T* y, long m, long k, long n, int threads) {
     if (m == 0) return;
-    const long panels = (n + PANEL - 1) / PANEL, size = words<T>(k) * PANEL;
-    const long blocks = panels < 4 * threads ? (m + BLOCK_ROWS - 1) / BLOCK_ROWS : 1, rows = (m + blocks - 1) / blocks;
+    const long panels = ceil_div(n, PANEL), size = words<T>(k) * PANEL;
+    const long blocks = panels < 4 * threads ? ceil_div(m, BLOCK_ROWS) : 1, rows = ceil_div(m, blocks);
     std::atomic<long> claimed{0};
 #pragma omp parallel num_threads(threads) if (threads > 1 && m * n * k > 1 << 16)
     {
@@ -77,7 +77,7 @@ void linear(const T* x, const float* packed, const float* bias, T* y, long m, lo
 
 template <class T>
 void pack_linear(const T* weight, float* packed, long n, long k, int threads) {
-    const long panels = (n + PANEL - 1) / PANEL, num_words = words<T>(k);
+    const long panels = ceil_div(n, PANEL), num_words = words<T>(k);
 #pragma omp parallel for num_threads(threads)
     for (long panel = 0; panel < panels; ++panel)
         for (long c = 0; c < PANEL; ++c) {

@@ -66,7 +66,8 @@ void token(const Shape& s, long t, const T* qkv, const float* cos_sin, const flo
     }
     if (slot < 0) return;
     const long head_size = (long)s.block_size * s.dim;
-    T* keys = kv + (slot / s.block_size * s.layers + s.layer) * 2 * s.kv_heads * head_size + slot % s.block_size * s.dim;
+    const long first_head = (slot / s.block_size * s.layers + s.layer) * 2 * s.kv_heads;
+    T* keys = kv + first_head * head_size + slot % s.block_size * s.dim;
     for (int h = 0; h < s.kv_heads; ++h) {
         read_row(in + (long)(heads + h) * s.dim, row, s.dim);
         if (k_weight) rms_norm(row, k_weight, s.dim, s.eps);
@@ -77,14 +78,15 @@ void token(const Shape& s, long t, const T* qkv, const float* cos_sin, const flo
 }
 
 template <class T>
-void qkv_prologue(const T* qkv, const int* positions, const float* cos_sin, const float* q_weight, const float* k_weight,
-                  const int64_t* slots, T* kv, T* q, const Shape& s, int threads) {
+void qkv_prologue(const T* qkv, const int* positions, const float* cos_sin, const float* q_weight,
+                  const float* k_weight, const int64_t* slots, T* kv, T* q, const Shape& s, int threads) {
 #pragma omp parallel num_threads(threads) if (threads > 1 && s.tokens > 3)
     {
-        std::vector<float> row((s.dim + LANES - 1) / LANES * LANES);
+        std::vector<float> row(ceil_div(s.dim, LANES) * LANES);
 #pragma omp for
         for (long t = 0; t < s.tokens; ++t)
-            token(s, t, qkv, cos_sin + (long)positions[t] * s.rotary_dim, q_weight, k_weight, slots[t], kv, q, row.data());
+            token(s, t, qkv, cos_sin + (long)positions[t] * s.rotary_dim, q_weight, k_weight, slots[t], kv, q,
+                  row.data());
     }
 }
 

@@ -1,5 +1,5 @@
-// sample: one row at a time. A row's survivors are a compact list in id order; each filter shortens it, and noise is drawn
-// only for what is left.
+// sample: one row at a time. A row's survivors are a compact list in id order; each filter shortens it, and noise is
+// drawn only for what is left.
 #include "vec.h"
 
 #include <atomic>

@@ -1,5 +1,6 @@
 // Sixteen fp32 lanes in the compiler's own vector types: one AVX-512 register, two AVX2 or four SSE registers.
-// Intrinsics only where g++ 12 misses the one right instruction. Every reduction has one fixed order, so a row's bits do not depend on what is computed beside it.
+// Intrinsics only where g++ 12 misses the one right instruction. Every reduction has one fixed order, so that the bits
+// of a row do not depend on what is computed beside it.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -20,6 +21,8 @@ constexpr int LANES = 16;
 struct bf16 {
     uint16_t bits;
 };
+
+inline long ceil_div(long a, long b) { return (a + b - 1) / b; }
 
 INLINE vec broadcast(float x) { return vec{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
 INLINE vec max(vec a, vec b) { return a > b ? a : b; }

@@ -1,0 +1,284 @@
+"""A deployment on a local Ray cluster of two nodes, tensor 2, over gRPC: many clients, bad clients, lost clients, SIGTERM.
+
+About 30 s on two quiet cores.
+"""
+
+import contextlib
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import grpc
+import pytest
+
+from phalanx import Client, SamplingParams
+from phalanx.deploy.server import phalanx_pb2 as pb
+from phalanx.deploy.server.phalanx_pb2_grpc import InferenceStub
+from phalanx.errors import UnavailableError
+from tests.support.census import Census
+from tests.support.deployment import ROOT, Deployment, deployed, wait_until
+from tests.support.streams import Ask, Reader, a_prompt, offline
+
+pytestmark = pytest.mark.slow
+
+GRACE_S = 1.0
+FILE = f"""
+model: {{path: tiny, dtype: float32}}
+ray: {{address: local, nodes: 2}}
+device: cpu
+parallel: {{tensor: 2}}
+scheduler: {{max_sequences: 40}}
+kv: {{num_blocks: 160}}
+workers: {{threads: 1}}
+server: {{listen: '127.0.0.1:0', metrics: 'off', detach_grace: {GRACE_S}s}}
+"""
+LONG = SamplingParams(max_tokens=1500, temperature=0, ignore_eos=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def census() -> Iterator[Census]:
+    with Census() as census:
+        yield census
+
+
+@pytest.fixture(scope="module")
+def deployment(census: Census) -> Iterator[Deployment]:
+    with deployed(FILE, census) as deployment:
+        yield deployment
+
+
+@pytest.fixture(scope="module")
+def expected() -> dict[Ask, list[Answer]]:
+    asks = [*many_asks(), *last_asks()]
+    return dict(zip(map(repr, asks), offline(asks, tensor=2), strict=True))
+
+
+def wait_idle(deployment: Deployment, timeout_s: float = 5.0) -> float:
+    """Until the pool is back to empty and the engine has found its books in order; seconds for the former."""
+
+    def is_empty() -> bool:
+        replica = deployment.replica()
+        return replica.num_free_blocks == replica.num_total_blocks and not replica.num_running + replica.num_waiting
+
+    took = wait_until(is_empty, timeout_s, "an empty pool")
+    time.sleep(1.5)  # an idle engine checks all its invariants once a second; what it finds ends the replica
+    assert (deployment.replica().state, deployment.replica().incarnation) == ("ready", 1)
+    return took
+
+
+class Fate:
+    """What becomes of a stream: it ends by itself, is left or cancelled after some tokens, or meets its deadline."""
+
+    def __init__(self, number: int, rng: random.Random) -> None:
+        self.kind = "whole" if number % 8 < 5 else ("left", "cancelled", "deadline")[number % 8 - 5]
+        self.num_tokens = rng.randint(1, 40)
+        self.deadline_s = rng.uniform(0.3, 3.0) if self.kind == "deadline" else None
+
+
+def random_ask(rng: random.Random, number: int) -> Ask:
+    prompt = a_prompt(rng, rng.randint(1, 400))
+    if number % 4 == 0:
+        prompt = "from typing import Any, NamedTuple\n" * 4 + prompt[:100]
+    params = SamplingParams(
+        max_tokens=rng.randint(1, 150),
+        temperature=rng.choice((0.0, 0.7, 1.0)),
+        top_p=rng.choice((1.0, 0.9)),
+        repetition_penalty=rng.choice((1.0, 1.1)),
+        seed=rng.getrandbits(64),
+        n=rng.choice((1, 1, 1, 2)),
+        stop=rng.choice(((), ("\n\n", "return"))),
+        ignore_eos=rng.random() < 0.5,
+    )
+    return Ask(prompt, params)
+
+
+def test_64_streams_equal_the_offline_answers(deployment: Deployment) -> None:
+    rng = random.Random(64)
+    asks = [random_ask(rng, number) for number in range(64)]
+    fates = [Fate(number, rng) for number in range(64)]
+    expected = offline(asks, tensor=2)
+    began = time.monotonic()
+    with deployment.client() as client:
+
+        def stream(number: int) -> Iterator[pb.Chunk]:
+            ask, fate, name = asks[number], fates[number], f"job-{number}"
+            chunks = client.generate(ask.prompt, ask.params, request_id=name, deadline_s=fate.deadline_s)
+            heard = 0
+            with contextlib.closing(chunks):
+                for chunk in chunks:
+                    yield chunk
+                    heard += len(chunk.token_ids)
+                    if heard >= fate.num_tokens and fate.kind == "left":
+                        return
+                    if heard >= fate.num_tokens and fate.kind == "cancelled":
+                        client.cancel(name)
+
+        answers = Reader([stream(number) for number in range(64)]).wait(120)
+        reasons = {kind: set() for kind in ("whole", "left", "cancelled", "deadline")}
+        for number, (fate, answer, right) in enumerate(zip(fates, answers, expected, strict=True)):
+            kept = client.get(f"job-{number}").choices
+            for index, whole in enumerate(right):
+                reasons[fate.kind].add(kept[index].finish_reason)
+                if kept[index].finish_reason == whole.finish:
+                    assert (list(kept[index].token_ids), kept[index].text) == whole[:2], f"stream {number}"
+                assert list(kept[index].token_ids) == whole.token_ids[: len(kept[index].token_ids)], f"stream {number}"
+                if fate.kind != "left":
+                    assert answer[index].token_ids == list(kept[index].token_ids), f"stream {number}"
+                    assert (answer[index].text, answer[index].finish) == (kept[index].text, kept[index].finish_reason)
+                elif index in answer:
+                    assert whole.text.startswith(answer[index].text), f"stream {number}"
+    seconds = time.monotonic() - began
+    assert reasons["whole"] <= {"stop", "length"}
+    assert "cancelled" in reasons["left"] & reasons["cancelled"]
+    assert "deadline" in reasons["deadline"]
+    emptied_s = wait_idle(deployment)
+    replica = deployment.replica()
+    assert replica.num_preemptions > 0, "the pool was meant to be too small"
+    print(
+        f"\n64 streams: {replica.num_generated_tokens} tokens in {seconds:.1f} s, {replica.num_preemptions} preemptions, "
+        f"{replica.prefix_hits}/{replica.prefix_queries} prefix hits, pool empty {emptied_s:.2f} s later"
+    )
+
+
+def submit(**fields: object) -> pb.SubmitRequest:
+    request = pb.SubmitRequest(prompt_text="x", **{name: value for name, value in fields.items() if "." not in name})
+    request.stopping.max_tokens = 2
+    return request
+
+
+def sampling(**fields: object) -> pb.SubmitRequest:
+    return submit(sampling=pb.Sampling(**fields))
+
+
+BAD_GENERATES = {
+    "empty text": (pb.SubmitRequest(prompt_text=""), "INVALID_ARGUMENT", "makes no tokens; send some text"),
+    "no ids": (pb.SubmitRequest(prompt_token_ids=pb.TokenIds()), "INVALID_ARGUMENT", "empty"),
+    "no prompt": (pb.SubmitRequest(), "INVALID_ARGUMENT", "no prompt; set prompt_token_ids, prompt_text or prompt_chat"),
+    "prompt over the limit": (
+        pb.SubmitRequest(prompt_token_ids=pb.TokenIds(ids=[5] * 2048)),
+        "OUT_OF_RANGE",
+        r"2048 tokens; .* at most 2048 \(max_model_len\), so send at most 2047",
+    ),
+    "output over the limit": (
+        pb.SubmitRequest(prompt_text="x", stopping=pb.Stopping(max_tokens=2048)),
+        "OUT_OF_RANGE",
+        r"max_tokens \(2048\) are 2049 tokens, over 2048",
+    ),
+    "id out of range": (
+        pb.SubmitRequest(prompt_token_ids=pb.TokenIds(ids=[1, 4096])),
+        "INVALID_ARGUMENT",
+        r"prompt_token_ids\[1\] \(4096\) must be an integer from 0 to 4095",
+    ),
+    "temperature -1": (sampling(temperature=-1.0), "INVALID_ARGUMENT", r"temperature \(-1.0\) .* \[0, 100\]"),
+    "temperature NaN": (sampling(temperature=float("nan")), "INVALID_ARGUMENT", r"temperature \(nan\)"),
+    "temperature inf": (sampling(temperature=float("inf")), "INVALID_ARGUMENT", r"temperature \(inf\)"),
+    "temperature huge": (sampling(temperature=1e30), "INVALID_ARGUMENT", r"temperature \(1.*e\+30\)"),
+    "top_p 0": (sampling(top_p=0.0), "INVALID_ARGUMENT", r"top_p \(0.0\) .* \(0, 1\]"),
+    "top_k huge": (sampling(top_k=2**32 - 1), "INVALID_ARGUMENT", r"top_k \(4294967295\)"),
+    "penalty NaN": (sampling(presence_penalty=float("nan")), "INVALID_ARGUMENT", r"presence_penalty \(nan\)"),
+    "n 0": (sampling(num_choices=0), "INVALID_ARGUMENT", r"n \(0\) must be an integer from 1 to 128"),
+    "n huge": (sampling(num_choices=10**6), "INVALID_ARGUMENT", r"n \(1000000\)"),
+    "bias of an unknown id": (
+        sampling(logit_bias=[pb.LogitBias(token_id=5000, bias=1.0)]),
+        "INVALID_ARGUMENT",
+        r"logit_bias: id 5000 is not below the vocabulary \(4096\)",
+    ),
+    "unknown model": (submit(model="other"), "NOT_FOUND", "model 'other' is not served here; this is 'tiny'"),
+    "bad request id": (submit(request_id="a b"), "INVALID_ARGUMENT", "must be 1 to 128 characters"),
+    "20 MB": (pb.SubmitRequest(prompt_text="x" * 20_000_000), "RESOURCE_EXHAUSTED", "larger than max"),
+}
+
+
+def quick_request(deployment: Deployment) -> None:
+    with deployment.client() as client:
+        assert len(list(client.generate("def main(", SamplingParams(max_tokens=2, ignore_eos=True)))) >= 1
+
+
+@pytest.mark.parametrize("name", BAD_GENERATES)
+def test_bad_request(deployment: Deployment, name: str) -> None:
+    request, code, sentence = BAD_GENERATES[name]
+    with grpc.insecure_channel(deployment.address, [("grpc.max_send_message_length", -1)]) as channel:
+        with pytest.raises(grpc.RpcError, match=sentence) as refusal:
+            list(InferenceStub(channel).Generate(request, timeout=10))
+        assert refusal.value.code().name == code
+    quick_request(deployment)
+
+
+def test_bad_bytes_and_ids(deployment: Deployment) -> None:
+    with grpc.insecure_channel(deployment.address) as channel:
+        inference = InferenceStub(channel)
+        generate = channel.unary_stream("/phalanx.v1.Inference/Generate")
+        for data in (b"\x1a\x02\xff\xfe", b"\xff" * 9, b"\x12\x99"):  # prompt_text that is no UTF-8; no message; cut
+            with pytest.raises(grpc.RpcError, match="damaged message, or text that is not UTF-8") as refusal:
+                list(generate(data, timeout=10))
+            assert refusal.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+        for call in (
+            lambda: inference.Get(pb.GetRequest(request_id="nobody"), timeout=10),
+            lambda: inference.Cancel(pb.JobRef(request_id="nobody"), timeout=10),
+            lambda: list(inference.Stream(pb.StreamRequest(request_id="nobody"), timeout=10)),
+        ):
+            with pytest.raises(grpc.RpcError, match="request 'nobody' is unknown") as refusal:
+                call()
+            assert refusal.value.code() == grpc.StatusCode.NOT_FOUND
+        inference.Submit(submit(request_id="twice"), timeout=10)
+        inference.Submit(submit(request_id="twice"), timeout=10)
+        with pytest.raises(grpc.RpcError, match="'twice' exists with another prompt") as refusal:
+            inference.Submit(submit(request_id="twice", sampling=pb.Sampling(top_k=1)), timeout=10)
+        assert refusal.value.code() == grpc.StatusCode.ALREADY_EXISTS
+    quick_request(deployment)
+
+
+def test_a_cancelled_call_frees_its_blocks_at_once(deployment: Deployment) -> None:
+    with grpc.insecure_channel(deployment.address) as channel, deployment.client() as client:
+        stopping = pb.Stopping(max_tokens=1500, ignore_eos=True)
+        call = InferenceStub(channel).Generate(pb.SubmitRequest(prompt_text="class A:", stopping=stopping))
+        for _ in range(20):
+            next(call)
+        assert client.status().jobs.running == 1
+        call.cancel()
+        ended_s = wait_until(lambda: client.status().jobs.running == 0, 1.0, "the job's end", interval_s=0.002)
+    freed_s = wait_idle(deployment, timeout_s=1.0)
+    print(f"\ncall cancelled: job ended after {ended_s * 1e3:.0f} ms, blocks seen free {freed_s:.2f} s later")
+
+
+def test_a_killed_client_frees_its_blocks_after_the_grace(deployment: Deployment) -> None:
+    program = (
+        "import sys; from phalanx import Client, SamplingParams\n"
+        "params = SamplingParams(max_tokens=1500, temperature=0, ignore_eos=True)\n"
+        "for chunk in Client(sys.argv[1]).generate('class A:', params): print(chunk.position, flush=True)\n"
+    )
+    command = [sys.executable, "-c", program, deployment.address]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process, deployment.client() as client:
+        assert process.stdout is not None
+        for _ in range(20):
+            assert process.stdout.readline()
+        process.kill()
+        ended_s = wait_until(lambda: client.status().jobs.running == 0, GRACE_S + 1.5, "the job's end")
+    assert ended_s > GRACE_S / 2, "a client has this long to come back"
+    freed_s = wait_idle(deployment, timeout_s=1.0)
+    print(f"\nclient killed: job ended after {ended_s:.2f} s (grace {GRACE_S} s), blocks seen free {freed_s:.2f} s later")
+
+
+def test_sigterm_drains(deployment: Deployment, census: Census) -> None:
+    asks = [Ask(CODE_LINE, SamplingParams(max_tokens=400, temperature=1.0, seed=n, ignore_eos=True)) for n in range(4)]
+    expected = offline(asks, tensor=2)
+    with deployment.client() as client:
+        reader = Reader([client.generate(ask.prompt, ask.params) for ask in asks])
+        wait_until(lambda: all(reader.tokens(number) for number in range(4)), 10.0, "first tokens")
+        deployment.process.send_signal(signal.SIGTERM)
+        deployment.wait_for("drain", 5.0)
+        wait_until(lambda: client.status().draining, 2.0, "draining")
+        with pytest.raises(UnavailableError, match="draining"):
+            Client(deployment.address).submit("x", LONG)
+        answers = reader.wait(60)
+    began = time.monotonic()
+    assert [[answer[0]] for answer in answers] == expected
+    assert deployment.wait_end() == 0
+    census.assert_gone(within_s=3.0)
+    print(f"\ndrained: 4 streams ended whole, the rest {time.monotonic() - began:.2f} s after them")
+
+
+CODE_LINE = "import os\nimport sys\n\n\ndef main("
