@@ -51,11 +51,11 @@ PHALANX_DEBUG=1 prints the traceback of an error as well.
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     words = sys.argv[1:] if argv is None else list(argv)
-    arguments = _parse(words)
     try:
+        arguments = _parse(words)
         return int(arguments.run(arguments))
     except PhalanxError as error:
-        return _refuse(error, arguments)
+        return _refuse(error, as_json="--json" in words)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -89,11 +89,11 @@ def _parse(words: list[str]) -> argparse.Namespace:
     return parser.parse_args(words)
 
 
-def _refuse(error: PhalanxError, arguments: argparse.Namespace) -> int:
+def _refuse(error: PhalanxError, *, as_json: bool) -> int:
     if os.environ.get("PHALANX_DEBUG") == "1":
         traceback.print_exception(error)
     code = exit_code(error)
-    if getattr(arguments, "json", False):
+    if as_json:
         print(json.dumps({"error": str(error), "kind": type(error).__name__, "exit_code": code}), flush=True)
     else:
         print(f"phalanx: {error}", file=sys.stderr)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from phalanx.deploy.server import phalanx_pb2 as pb
 from phalanx.errors import InvalidRequestError
@@ -242,7 +242,7 @@ def cluster_state(message: pb.ClusterState) -> ClusterState:
     return ClusterState(message.version, message.model, message.draining, jobs, tuple(replicas))
 
 
-def _finish(message: pb.Finish) -> dict[str, object]:
+def _finish(message: pb.Finish) -> dict[str, Any]:
     usage = message.usage
     return {
         "finish_reason": _REASONS[message.reason],

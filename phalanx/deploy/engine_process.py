@@ -4,6 +4,7 @@ The step thread alone touches the engine. A frame of the controller wakes it thr
 wait for a poll to time out.
 """
 
+import gc
 import os
 import queue
 import threading
@@ -120,6 +121,9 @@ class EngineProcess:
             ReplicaLostError: a rank is lost; the controller has been told.
         """
         self._link.send(self._hello)
+        # What lives now lives as long as the engine: without this a full collection visits it all, in mid-step.
+        gc.collect()
+        gc.freeze()
         threading.Thread(target=self._heartbeats, name="heartbeat", daemon=True).start()
         try:
             while self._stop is None:

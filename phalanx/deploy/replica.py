@@ -1,5 +1,7 @@
 """One incarnation of a replica on Ray: a placement group, an engine actor, a worker actor per rank."""
 
+import secrets
+import secrets
 import threading
 import time
 from collections.abc import Callable
@@ -50,7 +52,8 @@ class Replica:
             ConfigError: the cluster has not enough free resources.
             ReplicaLostError: an actor could not be started, or `stopping` is set.
         """
-        self._group = place(self._plan, f"phalanx-{self.replica}-{self.incarnation}")
+        # Names are unique in a Ray cluster, which may serve other deployments too.
+        self._group = place(self._plan, f"phalanx-{self.replica}-{self.incarnation}-{secrets.token_hex(4)}")
         if not _until(self._group.wait, PLACEMENT_S, stopping):
             raise ConfigError(shortage(self._plan))
         key, orders = new_key(), self._orders()
@@ -148,7 +151,8 @@ def _outcome(run: Any) -> str:
 def place(plan: DeploymentPlan, name: str) -> Any:
     """Ask Ray for a replica's placement group; it may have to be waited for."""
     strategy = "PACK" if plan.device == "cuda" else "SPREAD"
-    return placement_group(_bundles(plan), strategy=strategy, name=name)
+    # Ray wants names that no other deployment on the cluster has.
+    return placement_group(_bundles(plan), strategy=strategy, name=f"{name}-{secrets.token_hex(4)}")
 
 
 def shortage(plan: DeploymentPlan) -> str:

@@ -15,7 +15,8 @@ from ray.exceptions import RayError
 
 from phalanx.deploy.controller_process import ControllerProcess
 from phalanx.deploy.plan import DeploymentPlan
-from phalanx.deploy.replica import Replica, describe
+from phalanx.deploy.replica import LAST_WORDS_S, Replica, describe
+from phalanx.deploy.server.supervise import Reclaim
 from phalanx.errors import PhalanxError, ReplicaLostError
 
 MAX_FAILED_STARTS = 3

@@ -4,6 +4,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# torch 2.13 renames it and warns on every rank; 2.11 knows the old name alone.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 class Group:
     """The ranks along one axis. A group of one is free: no process group, no copy, no torch.distributed.
@@ -32,7 +35,7 @@ class Group:
         if not x.numel():
             return x.new_empty(shape)
         gathered = torch.empty((self.size, *x.shape), dtype=x.dtype, device=x.device)
-        dist.all_gather_into_tensor(gathered.view(-1), x.contiguous().view(-1), group=self.process_group)
+        _all_gather(gathered.view(-1), x.contiguous().view(-1), group=self.process_group)
         return gathered.movedim(0, dim).reshape(shape)
 
     def broadcast(self, x: Tensor, source: int = 0) -> Tensor:

@@ -2,7 +2,6 @@
 
 from array import array
 
-from phalanx.errors import RequestTooLongError
 from phalanx.runtime.engine_config import EngineConfig
 from phalanx.runtime.executor.executor import Executor, HasFileno
 from phalanx.runtime.frames import Abort, FinishReason, Place, TokenRow
@@ -37,11 +36,11 @@ class Engine:
 
         A request that can never fit is answered with an error row; the controller's limits should have caught it.
         """
-        self.abort(Abort(frame.job, frame.epoch))
-        prompt, params = array("I", frame.prompt_token_ids), frame.params
-        max_tokens = params.max_tokens if params.max_tokens is not None else self.limit - len(prompt)
+        self._drop(self._jobs.get(frame.job, []))
         arrival, self._arrivals = self._arrivals, self._arrivals + 1
-        problem = self._problem(prompt, max_tokens)
+        problem = self._problem(frame)
+        prompt, params = array("I", frame.prompt_token_ids if problem is None else b""), frame.params
+        max_tokens = params.max_tokens if params.max_tokens is not None else self.limit - len(prompt)
         sequences = []
         for choice, output in enumerate(frame.outputs):
             if output is None:
@@ -69,10 +68,8 @@ class Engine:
 
     def abort(self, frame: Abort) -> None:
         """Drop a choice, or all choices, of a request; unknown ones are ignored."""
-        sequences = self._jobs.get(frame.job, [])
-        for seq in sequences:
-            if frame.choice in (-1, seq.choice) and seq.status != FINISHED:
-                self.scheduler.cancel(seq)
+        placed = [seq for seq in self._jobs.get(frame.job, []) if seq.epoch == frame.epoch]
+        self._drop([seq for seq in placed if frame.choice in (-1, seq.choice)])
         self._forget(frame.job)
 
     def step(
@@ -122,15 +119,26 @@ class Engine:
         else:
             self.scheduler.add(seq)
 
-    def _problem(self, prompt: "array[int]", max_tokens: int) -> str | None:
-        if not prompt:
+    def _drop(self, sequences: list[Sequence]) -> None:
+        for seq in sequences:
+            if seq.status != FINISHED:
+                self.scheduler.cancel(seq)
+
+    def _problem(self, frame: Place) -> str | None:
+        """Why this engine cannot run a request; the controller's checks should have caught it before."""
+        packed = [frame.prompt_token_ids, *(output for output in frame.outputs if output)]
+        if any(len(ids) % 4 for ids in packed):
+            return "token ids are not packed as 32-bit integers"
+        highest = max((max(array("I", ids), default=0) for ids in packed), default=0)
+        if highest >= self.config.model.vocab_size:
+            return f"token id {highest} is outside the vocabulary (0..{self.config.model.vocab_size - 1})"
+        num_prompt, max_tokens = len(frame.prompt_token_ids) // 4, frame.params.max_tokens or 1
+        if not num_prompt:
             return "the prompt is empty; give at least one token"
-        if len(prompt) + max_tokens > self.limit or max_tokens < 1:
-            return str(
-                RequestTooLongError(
-                    f"prompt ({len(prompt)} tokens) + max_tokens ({max_tokens}) is above the limit ({self.limit}); "
-                    f"use max_tokens <= {self.limit - len(prompt)}"
-                )
+        if num_prompt + max_tokens > self.limit:
+            return (
+                f"prompt ({num_prompt} tokens) + max_tokens ({max_tokens}) is above the limit ({self.limit}); "
+                f"shorten the prompt or use max_tokens <= {max(0, self.limit - num_prompt)}"
             )
         return None
 

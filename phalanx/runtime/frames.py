@@ -21,6 +21,7 @@ MAX_FRAME_BYTES = 256 * 2**20
 
 FinishReason = Literal["stop", "length", "cancelled", "deadline", "error"]
 RequestId = Annotated[str, Meta(min_length=1, max_length=128)]
+Seed = Annotated[int, Meta(ge=0)]
 
 
 class WireError(PhalanxError):
@@ -51,7 +52,7 @@ class Place(msgspec.Struct, frozen=True, array_like=True, tag=2):
     prompt_token_ids: bytes
     outputs: list[bytes | None]
     params: SamplingParams
-    seed: int
+    seed: Seed
     priority: int = 0
 
 
@@ -181,5 +182,5 @@ def decode(data: bytes) -> Frame:
         raise WireError(f"frame of {len(data)} bytes; at most {MAX_FRAME_BYTES} are accepted")
     try:
         return _decoder.decode(data)
-    except (msgspec.MsgspecError, PhalanxError) as error:
+    except (msgspec.MsgspecError, PhalanxError, UnicodeDecodeError, RecursionError) as error:
         raise WireError(f"not a frame of version {VERSION}: {error}") from error

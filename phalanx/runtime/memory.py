@@ -8,6 +8,7 @@ from phalanx.models.sizes import kv_bytes_per_token, parameter_count
 from phalanx.models.spec import DecoderConfig
 from phalanx.parallel.mesh import MeshShape
 from phalanx.runtime.kv.spec import KVSpec
+from phalanx.runtime.step_builder import MAX_PROMPT_LOGPROBS
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 CPU_KV_FRACTION = 0.2
@@ -59,7 +60,7 @@ def stage_bytes(
     """What every rank of a stage needs.
 
     Workspace is the widest moment of a step: three rows of hidden size per token and one layer's projections; on the
-    last stage also one row of logits per sequence.
+    last stage also one row of logits per sequence and per prompt token that wants one.
     """
     is_first, is_last = stage == 0, stage == shape.pp - 1
     weights = parameter_count(model, shape, layers, is_first, is_last) * itemsize
@@ -70,7 +71,7 @@ def stage_bytes(
         widest = max(widest, qkv, 3 * layer.mlp.intermediate_size)
     workspace = batch.max_tokens * (3 * model.hidden_size + widest // shape.tp) * itemsize
     if is_last:
-        workspace += batch.max_sequences * model.vocab_size * LOGITS_BYTES
+        workspace += (batch.max_sequences + MAX_PROMPT_LOGPROBS) * model.vocab_size * LOGITS_BYTES
     return StageBytes(stage, weights, workspace, block_size * kv_bytes_per_token(model, shape.tp, layers, itemsize))
 
 

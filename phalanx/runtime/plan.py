@@ -11,6 +11,9 @@ from phalanx.runtime.frames import TokenLogprobs
 
 MAX_PLAN_BYTES = 256 * 2**20
 
+BAD_BYTES = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+"""What a decoder raises for bytes that are no message."""
+
 
 class PlanError(PhalanxError):
     """A rank got a plan that does not follow the one before it, or a peer sent bytes that are no plan."""
@@ -160,7 +163,7 @@ def decode_plan(data: bytes) -> StepPlan:
     """Parse a plan on a rank; raises `PlanError`."""
     try:
         return _plan_decoder.decode(data)
-    except msgspec.MsgspecError as error:
+    except BAD_BYTES as error:
         raise PlanError(f"not a StepPlan: {error}") from error
 
 
@@ -168,7 +171,7 @@ def decode_message(data: bytes) -> RankMessage:
     """Parse a rank's message on the engine; raises `PlanError`."""
     try:
         return _message_decoder.decode(data)
-    except msgspec.MsgspecError as error:
+    except BAD_BYTES as error:
         raise PlanError(f"not a rank message: {error}") from error
 
 

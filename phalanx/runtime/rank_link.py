@@ -14,6 +14,10 @@ from multiprocessing.context import AuthenticationError
 from phalanx.errors import ConfigError
 
 HANDSHAKE_S = 5.0
+
+SEND_S = 10.0
+"""A peer that takes nothing for this long while the engine sends is frozen: the send fails instead of blocking."""
+
 MAX_MESSAGE_BYTES = 256 * 2**20
 
 
@@ -87,6 +91,7 @@ def connect(address: str, key: bytes, rank: int) -> Connection:
 def _connection(peer: socket.socket, timeout_s: float) -> Connection:
     peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     peer.settimeout(None)
+    peer.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(SEND_S), 0))
     descriptor = peer.detach()
     _set_timeout(descriptor, timeout_s)
     return Connection(descriptor)

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from phalanx.deploy.config import ClusterConfig, KvConfig, ModelConfig, ParallelConfig, load_config, parse_config
 from phalanx.deploy.hardware import Hardware, Node
-from phalanx.runtime.memory import readable
 from phalanx.deploy.placement import seat_ranks
 from phalanx.deploy.plan import DeploymentPlan, decode, encode
 from phalanx.deploy.plan_text import plan_json, plan_text, resolved_file
@@ -21,6 +20,7 @@ from phalanx.models.hf_config import read_config
 from phalanx.models.qwen3 import decoder_config
 from phalanx.models.spec import DecoderConfig
 from phalanx.parallel.mesh import MeshShape
+from phalanx.runtime.memory import readable
 
 GIB = 2**30
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.yaml"))

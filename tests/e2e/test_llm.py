@@ -1,4 +1,4 @@
-"""The offline API on the embedded model: prompts, parameters, answers, refusals. Runs in X s."""
+"""The offline API on the embedded model: prompts, parameters, answers. Runs in 10 s."""
 
 import math
 import random
@@ -9,10 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from phalanx import LLM, SamplingParams
-from phalanx.errors import CheckpointError, ConfigError, InvalidRequestError, RequestTooLongError, StepError
 from phalanx.models.loading import resolve_path
 from phalanx.runtime.frames import TokenLogprobs
 from tests.support import oracle, tiny
@@ -20,6 +18,9 @@ from tests.support.engines import SHARING_CORES
 
 TEXT = "def read_config(path):\n    "
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is a list?"}]
+REPEATING = "x = x + 1\n" * 6 + "x ="
+"""The likeliest next ids stand in the prompt, so that it matters which penalties count those."""
+
 IDS = random.Random(5).choices(range(3, 4000), k=90)
 LIMITS = {"scheduler": {"max_batch_tokens": 64, "max_model_len": 256}}
 TOLERANCE = 1e-4
@@ -33,7 +34,7 @@ def llm() -> Iterator[LLM]:
 
 @pytest.fixture(autouse=True)
 def _nothing_left(llm: LLM) -> Iterator[None]:
-    """After every test, refusals included, the engine is idle, whole and empty."""
+    """After every test the engine is idle, whole and empty."""
     yield
     assert not llm.engine.has_work
     llm.engine.check()
@@ -154,20 +155,18 @@ class TestSampling:
         "hot and narrow": {"temperature": 50.0, "top_k": 3, "seed": 6},
     }
 
-    @pytest.mark.parametrize("prompt", [IDS[:30], IDS[:3] * 5], ids=["random", "repeating"])
+    @pytest.mark.parametrize("prompt", [IDS[:30], REPEATING], ids=["random", "repeating"])
     @pytest.mark.parametrize("case", CASES)
     def test_equals_the_slow_sampler(self, llm, model, case, prompt):
         params = _greedy(**self.CASES[case])
         got = llm.generate(prompt, params)[0]
-        assert got.token_ids == oracle.sample(model, prompt, params, params.seed or 0)
+        assert got.token_ids == oracle.sample(model, got.prompt_token_ids, params, params.seed or 0)
         if "penalty" in str(self.CASES[case]):
             assert got.token_ids != llm.generate(prompt, _greedy())[0].token_ids, "or the case proves nothing"
 
     def test_a_tiny_temperature_is_greedy(self, llm):
-        assert (
-            llm.generate(IDS, _greedy(temperature=1e-6, seed=1))[0].token_ids
-            == llm.generate(IDS, _greedy())[0].token_ids
-        )
+        nearly, fully = llm.generate([IDS, IDS], [_greedy(temperature=1e-6, seed=1), _greedy()])
+        assert nearly.token_ids == fully.token_ids
 
 
 class TestLogprobs:
@@ -181,7 +180,7 @@ class TestLogprobs:
 
     @pytest.mark.parametrize("k", [0, 5])
     def test_of_the_prompt(self, llm, model, k):
-        """The prompt takes two steps; entry i is about prompt token i + 1. With a cached prefix too, and beside others."""
+        """The prompt takes two steps; entry i is about prompt token i + 1. With a cached prefix too, beside others."""
         expected = torch.log_softmax(tiny.hf_logits(model, IDS), -1)
         for _ in range(2):
             plain, result = llm.generate([IDS[:40], IDS], [_greedy(), _greedy(prompt_logprobs=k)])
@@ -216,136 +215,6 @@ def _check(entries: list[TokenLogprobs], token_ids: list[int], expected: torch.T
         best = row.topk(k)
         torch.testing.assert_close(torch.tensor(entry.top_logprobs), best.values, atol=TOLERANCE, rtol=0)
         torch.testing.assert_close(row[entry.top_ids], best.values, atol=TOLERANCE, rtol=0)
-
-
-REQUESTS: dict[str, tuple[Any, Any, type[Exception], str]] = {
-    "empty text": ("", None, InvalidRequestError, r"the prompt text \(''\) makes no tokens; send some text"),
-    "no ids": ([[]], None, InvalidRequestError, "prompt_token_ids is empty; send at least one id"),
-    "id too large": ([5, 4096], None, InvalidRequestError, r"prompt_token_ids\[1\] \(4096\) must be .* 0 to 4095"),
-    "negative id": ([5, -1], None, InvalidRequestError, r"prompt_token_ids\[1\] \(-1\) must be .* 0 to 4095"),
-    "not an id": ([5, "x"], None, InvalidRequestError, r"prompt_token_ids\[1\] \('x'\) must be an integer"),
-    "a number": (7, None, InvalidRequestError, r"prompt"),
-    "not a prompt": ([5.5], None, InvalidRequestError, r"prompt \(float\) must be a text, a list of ids"),
-    "no prompt": ([None], None, InvalidRequestError, r"prompt \(NoneType\) must be a text, a list of ids"),
-    "too long": (
-        [5] * 256,
-        None,
-        RequestTooLongError,
-        r"256 tokens; .* at most 256 \(max_model_len\), so send at most 255",
-    ),
-    "too much": ([5] * 200, {"max_tokens": 57}, RequestTooLongError, r"the largest max_tokens that fits is 56"),
-    "bias out of range": ([5], {"logit_bias": {4096: 1.0}}, InvalidRequestError, r"logit_bias: id 4096 .*\(4096\)"),
-    "stop id out of range": ([5], {"stop_token_ids": (9999,)}, InvalidRequestError, r"stop_token_ids: id 9999"),
-    "message without role": ([{"content": "x"}], None, InvalidRequestError, r"role"),
-    "lone surrogate": ("\ud800", None, InvalidRequestError, r"text\[0\] .* is a lone surrogate"),
-}
-CONFIGS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
-    "unknown scheduler key": (
-        {"scheduler": {"max_tokens": 5}},
-        ConfigError,
-        r"scheduler: .*`max_tokens`.*valid keys: max_batch_tokens, max_sequences, max_model_len",
-    ),
-    "unknown kv key": ({"kv": {"blocks": 5}}, ConfigError, r"kv: .*`blocks`.*valid keys: .*num_blocks"),
-    "type of a key": ({"kv": {"num_blocks": "many"}}, ConfigError, r"kv: .*num_blocks"),
-    "negative blocks": ({"kv": {"num_blocks": -3}}, ConfigError, r"num_blocks \(-3\)"),
-    "zero budget": ({"scheduler": {"max_batch_tokens": 0}}, ConfigError, r"max_batch_tokens \(0\)"),
-    "zero sequences": ({"scheduler": {"max_sequences": 0}}, ConfigError, r"max_sequences \(0\)"),
-    "pool too small": (
-        {"kv": {"num_blocks": 4}, "scheduler": {"max_model_len": 100}},
-        ConfigError,
-        r"num_blocks \(4, .*too small .*max_model_len \(100\).*raise num_blocks to 8 or lower max_model_len to 48",
-    ),
-    "device": ({"device": "tpu"}, ConfigError, r"device \('tpu'\) is not supported; use auto, cpu or cuda"),
-    "dtype": ({"dtype": "int8"}, ConfigError, r"dtype \('int8'\) is not supported; use one of auto, float32"),
-    "tensor that does not divide": ({"tensor": 3}, ConfigError, r"heads \(8\).*3"),
-    "tensor zero": ({"tensor": 0}, ConfigError, r"tensor \(0\) must be an integer from 1"),
-    "tensor as text": ({"tensor": "2"}, ConfigError, r"tensor \('2'\) must be an integer from 1"),
-    "block size": ({"kv": {"block_size": 12}}, ConfigError, r"kv.block_size \(12\) must be one of 8, 16, 32"),
-    "fraction": ({"kv": {"gpu_fraction": 1.5}}, ConfigError, r"kv.gpu_fraction \(1.5\) must be a number in \(0, 1\]"),
-    "threads": ({"workers": {"threads": 0}}, ConfigError, r"workers.threads \(0\) must be an integer from 1"),
-    "more stages than layers": (
-        {"pipeline": 7},
-        ConfigError,
-        r"parallel.pipeline \(7\) must be between 1 and .* \(6\)",
-    ),
-    "layers per stage": (
-        {"pipeline": 2, "stage_layers": [1, 2]},
-        ConfigError,
-        r"layers per stage \[1, 2\] .*add up to 6",
-    ),
-    "kernel": ({"kernels": {"linear": "magic"}}, ConfigError, r"magic"),
-    "op": ({"kernels": {"convolution": "reference"}}, ConfigError, r"convolution"),
-}
-
-
-class TestRefusals:
-    @pytest.mark.parametrize("case", REQUESTS)
-    def test_request(self, llm, case):
-        prompt, fields, error, message = REQUESTS[case]
-        with pytest.raises(error, match=message) as caught:
-            llm.generate(prompt, SamplingParams(**fields or {}))
-        assert type(caught.value) is error
-
-    @pytest.mark.parametrize("case", CONFIGS)
-    def test_config(self, case):
-        arguments, error, message = CONFIGS[case]
-        with pytest.raises(error, match=message) as caught:
-            LLM("tiny", **{**SHARING_CORES, **arguments})
-        assert type(caught.value) is error
-
-    def test_number_of_params(self, llm):
-        with pytest.raises(InvalidRequestError, match="1 params for 2 prompts; give one, or one per prompt"):
-            llm.generate([IDS, IDS], [SamplingParams()])
-
-    def test_one_bad_prompt_and_nothing_runs(self, llm):
-        before = llm.engine.scheduler.step
-        with pytest.raises(InvalidRequestError):
-            llm.generate([IDS, [4096]])
-        assert llm.engine.scheduler.step == before
-
-    def test_no_such_checkpoint(self, tmp_path):
-        with pytest.raises(CheckpointError, match="nowhere"):
-            LLM(str(tmp_path / "nowhere"))
-
-    def test_a_model_without_tokenizer(self, tmp_path):
-        folder = tiny.make_checkpoint("qwen3", tmp_path)
-        with LLM(str(folder), **SHARING_CORES) as silent:
-            result = silent.generate([[5, 6, 7]], _greedy(max_tokens=4))[0]
-            assert (len(result.token_ids), result.text) == (4, "")
-            for prompt, params in (("text", None), (CHAT, None), ([[5]], SamplingParams(stop=("x",)))):
-                with pytest.raises(InvalidRequestError, match="no tokenizer.json"):
-                    silent.generate(prompt, params)
-
-    def test_a_row_of_nan_fails_its_request_alone(self, tmp_path):
-        folder = tiny.make_checkpoint("llama", tmp_path)
-        tensors = load_file(folder / "model.safetensors")
-        tensors["model.embed_tokens.weight"][5] = math.nan
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        prompt, params = [6, 7, 8] * 20, _greedy(logit_bias={5: -100.0})
-        with LLM(str(folder), **SHARING_CORES) as broken:
-            good = broken.generate([prompt], params)[0].token_ids
-            with pytest.raises(StepError, match="NaN or infinity"):
-                broken.generate([[*prompt, 5], prompt], params)
-            assert not broken._jobs
-            assert [result.token_ids for result in broken.generate([prompt, prompt], params)] == [good, good]
-            broken.engine.check()
-
-    def test_an_interrupt_leaves_the_engine_usable(self, llm, monkeypatch):
-        expected = llm.generate(IDS, _greedy())[0].token_ids
-        steps = iter(range(5))
-        step = llm.engine.step
-
-        def interrupted(timeout_s: float) -> Any:
-            if next(steps, None) is None:
-                raise KeyboardInterrupt
-            return step(timeout_s)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(llm.engine, "step", interrupted)
-            with pytest.raises(KeyboardInterrupt):
-                llm.generate([IDS, IDS[3:]], _greedy())
-        assert not llm._jobs
-        assert llm.generate(IDS, _greedy())[0].token_ids == expected
 
 
 def test_importing_phalanx_is_light():

@@ -128,7 +128,8 @@ def warped(row: Row, scores: Tensor) -> Tensor:
         processors.append(TopPLogitsWarper(sampling.top_p))
     if sampling.min_p:
         processors.append(MinPLogitsWarper(sampling.min_p))
-    result: Tensor = processors(torch.tensor([row.tokens]).long(), scores[None].float())[0]
+    tokens: Any = torch.tensor([row.tokens])
+    result: Tensor = processors(tokens, scores[None].float())[0]
     return result
 
 

@@ -1,6 +1,6 @@
 """`LLM` whose ranks start by a fork instead of as fresh interpreters; and a record of every logit they compute.
 
-Starting Python and torch costs seconds per rank, a fork server has both loaded. Nothing else differs: the forked process
+Starting Python and torch costs seconds per rank; a fork server has both loaded. Nothing else differs: a forked process
 runs `phalanx.runtime.rank.main` with its bootstrap on stdin, under the product's own executor, link and engine.
 """
 

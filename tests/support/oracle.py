@@ -24,7 +24,7 @@ LENGTHS = (41, 33, 57, 26, 47, 19)
 """Of the prompts: beyond every window and most of them beyond a step's budget."""
 
 NUM_SHARED = 24
-"""Tokens that the last prompts but one share with the first."""
+"""Tokens that the last prompt but one shares with the first, as its prefix; the third last has some of them elsewhere."""
 
 CANDIDATES = 64
 """Prompts tried per length, together; the first good one is taken."""
@@ -70,6 +70,8 @@ def make_oracle(family: str, directory: Path) -> Oracle:
         drawn = torch.randint(1, model.config.vocab_size, (CANDIDATES, length), generator=generator)
         if length == LENGTHS[-2]:
             drawn[:, :NUM_SHARED] = torch.tensor(prompts[0][:NUM_SHARED])
+        if length == LENGTHS[-3]:  # equal blocks that are no equal prefix
+            drawn[:, : NUM_SHARED - 8] = torch.tensor(prompts[0][8:NUM_SHARED])
         ids = generate(model, drawn)
         with torch.inference_mode():
             rows = model(ids).logits.float()
@@ -101,7 +103,7 @@ def generate(model: Any, prompts: Tensor) -> Tensor:
 
 
 def sample(model: Any, prompt: list[int], params: SamplingParams, seed: int, choice: int = 0) -> list[int]:
-    """What `SamplingParams` promises, token by token in plain Python, on transformers' logits; ids that end it included.
+    """What `SamplingParams` promises, token by token in plain Python, on transformers' logits; a stop id included.
 
     Its random numbers are the product's own (`gumbel`), nothing else is. `max_tokens` must be set; the model's
     end-of-sequence ids do not count, so give `ignore_eos`.

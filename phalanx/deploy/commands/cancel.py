@@ -13,12 +13,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Cancel and print what the job has come to."""
+    """Cancel and print the job's state; what it has produced can still be read with attach."""
     with connection.connect(arguments) as client:
         job = client.cancel(arguments.request_id)
     if arguments.json:
         connection.print_json(job)
     else:
-        tokens = sum(len(choice.token_ids) for choice in job.choices)
-        print(f"{job.request_id} is {job.state} with {tokens} tokens")
+        print(f"{job.request_id} is {job.state}")
     return 0

@@ -89,8 +89,8 @@ class LinkExecutor:
         for rank, heard in enumerate(self._heard):
             if now - heard > SILENCE_S and not self._connections[rank].poll(0):
                 raise ReplicaLostError(
-                    f"{self._name(rank)} has been silent for {now - heard:.1f} s (limit {SILENCE_S} s): it is frozen or "
-                    "its node is; the replica restarts"
+                    f"{self._name(rank)} has been silent for {now - heard:.1f} s (limit {SILENCE_S} s): it is frozen, "
+                    "or its node is; the replica restarts"
                 )
         return results
 
@@ -131,6 +131,8 @@ class LinkExecutor:
             message = messages.decode_message(self._connections[rank].recv_bytes(MAX_MESSAGE_BYTES))
         except (EOFError, OSError):
             self._lose(rank, None)
+        except messages.PlanError as error:
+            raise ReplicaLostError(f"{self._name(rank)} sent bytes that are no message: {error}") from error
         if isinstance(message, RankFailed):
             self._lose(rank, message)
         return message
