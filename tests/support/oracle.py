@@ -24,7 +24,7 @@ LENGTHS = (41, 33, 57, 26, 47, 19)
 """Of the prompts: beyond every window and most of them beyond a step's budget."""
 
 NUM_SHARED = 24
-"""Tokens that the last prompt but one shares with the first, as its prefix; the third last has some of them elsewhere."""
+"""Tokens that the last prompt but one shares with the first as a prefix; the third last has some of them elsewhere."""
 
 CANDIDATES = 64
 """Prompts tried per length, together; the first good one is taken."""
