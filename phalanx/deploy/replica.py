@@ -1,7 +1,6 @@
 """One incarnation of a replica on Ray: a placement group, an engine actor, a worker actor per rank."""
 
 import secrets
-import secrets
 import threading
 import time
 from collections.abc import Callable
@@ -52,8 +51,7 @@ class Replica:
             ConfigError: the cluster has not enough free resources.
             ReplicaLostError: an actor could not be started, or `stopping` is set.
         """
-        # Names are unique in a Ray cluster, which may serve other deployments too.
-        self._group = place(self._plan, f"phalanx-{self.replica}-{self.incarnation}-{secrets.token_hex(4)}")
+        self._group = place(self._plan, f"phalanx-{self.replica}-{self.incarnation}")
         if not _until(self._group.wait, PLACEMENT_S, stopping):
             raise ConfigError(shortage(self._plan))
         key, orders = new_key(), self._orders()

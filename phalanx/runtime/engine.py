@@ -136,10 +136,9 @@ class Engine:
         if not num_prompt:
             return "the prompt is empty; give at least one token"
         if num_prompt + max_tokens > self.limit:
-            return (
-                f"prompt ({num_prompt} tokens) + max_tokens ({max_tokens}) is above the limit ({self.limit}); "
-                f"shorten the prompt or use max_tokens <= {max(0, self.limit - num_prompt)}"
-            )
+            room = self.limit - num_prompt
+            fix = f"use max_tokens <= {room}" if room > 0 else "shorten the prompt"
+            return f"prompt ({num_prompt} tokens) + max_tokens ({max_tokens}) is above the limit ({self.limit}); {fix}"
         return None
 
     def _forget(self, job: str) -> None:

@@ -201,7 +201,7 @@ def test_defaults_are_those_of_the_design_page() -> None:
     assert defaults["scheduler.max_queue"] == 1024
     assert defaults["kv.gpu_fraction"] == 0.9
     assert (defaults["server.drain"], defaults["server.detach_grace"]) == (60.0, 10.0)
-    assert defaults["server.max_message"] == 64 * 2**20
+    assert defaults["server.max_message"] == 16 * 2**20
     assert isinstance(defaults["kernels"], Mapping)
     auto = [key for key, value in defaults.items() if value == "auto"]
     assert len(auto) == 9

@@ -1,6 +1,6 @@
-"""A deployment on a local Ray cluster of two nodes, tensor 2, over gRPC: many clients, bad clients, lost clients, SIGTERM.
+"""A deployment on a local two-node Ray cluster, tensor 2, over gRPC: many clients, bad ones, lost ones, then SIGTERM.
 
-About 30 s on two quiet cores.
+About 35 s on two quiet cores.
 """
 
 import contextlib
@@ -9,18 +9,19 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import grpc
 import pytest
 
 from phalanx import Client, SamplingParams
+from phalanx.deploy.client import Chunk
 from phalanx.deploy.server import phalanx_pb2 as pb
 from phalanx.deploy.server.phalanx_pb2_grpc import InferenceStub
 from phalanx.errors import UnavailableError
 from tests.support.census import Census
 from tests.support.deployment import ROOT, Deployment, deployed, wait_until
-from tests.support.streams import Ask, Reader, a_prompt, offline
+from tests.support.streams import Answer, Ask, Reader, a_prompt, offline
 
 pytestmark = pytest.mark.slow
 
@@ -35,7 +36,64 @@ kv: {{num_blocks: 160}}
 workers: {{threads: 1}}
 server: {{listen: '127.0.0.1:0', metrics: 'off', detach_grace: {GRACE_S}s}}
 """
-LONG = SamplingParams(max_tokens=1500, temperature=0, ignore_eos=True)
+
+
+class Stream:
+    """A random request and what becomes of it: it ends by itself, is left or cancelled midway, or meets its deadline."""
+
+    def __init__(self, number: int) -> None:
+        rng = random.Random(number)
+        self.name = f"job-{number}"
+        self.fate = ("whole", "whole", "whole", "whole", "whole", "left", "cancelled", "deadline")[number % 8]
+        self.num_tokens = rng.randint(1, 30)
+        self.deadline_s = rng.uniform(0.3, 2.0) if self.fate == "deadline" else None
+        shared = "from typing import Any, NamedTuple\n" * 4 if number % 4 == 0 else ""
+        params = SamplingParams(
+            max_tokens=rng.randint(1, 150) if self.fate == "whole" else 300,
+            temperature=rng.choice((0.0, 0.7, 1.0)),
+            top_p=rng.choice((1.0, 0.9)),
+            repetition_penalty=rng.choice((1.0, 1.1)),
+            seed=rng.getrandbits(64),
+            n=rng.choice((1, 1, 1, 2)),
+            stop=rng.choice(((), ("\n\n", "return"))),
+            ignore_eos=rng.random() < 0.5,
+        )
+        self.ask = Ask(shared + a_prompt(rng, rng.randint(1, 400)), params)
+
+    def follow(self, client: Client) -> Iterator[Chunk]:
+        """The request over gRPC, left or cancelled when its time has come."""
+        ask, heard = self.ask, 0
+        chunks = client.generate(ask.prompt, ask.params, request_id=self.name, deadline_s=self.deadline_s)
+        with contextlib.closing(chunks):
+            for chunk in chunks:
+                yield chunk
+                heard += len(chunk.token_ids)
+                if heard >= self.num_tokens and self.fate == "left":
+                    return
+                if heard >= self.num_tokens and self.fate == "cancelled":
+                    client.cancel(self.name)
+
+    def check(self, client: Client, heard: dict[int, Answer], right: list[Answer]) -> set[str | None]:
+        """What was heard, and what the server keeps, against the offline answer; returns the finish reasons."""
+        kept = [Answer(list(c.token_ids), c.text, c.finish_reason) for c in client.get(self.name).choices]
+        for index, (choice, whole) in enumerate(zip(kept, right, strict=True)):
+            assert choice.finish in {"left": (whole.finish, "cancelled")}.get(self.fate, (whole.finish, self.fate))
+            if choice.finish == whole.finish:
+                assert choice == whole, self.name
+            assert choice.token_ids == whole.token_ids[: len(choice.token_ids)], self.name
+            if self.fate != "left":
+                assert heard[index] == choice, self.name
+            elif index in heard:
+                assert heard[index].token_ids == choice.token_ids[: len(heard[index].token_ids)], self.name
+                assert choice.text.startswith(heard[index].text), self.name
+        return {choice.finish for choice in kept}
+
+
+STREAMS = [Stream(number) for number in range(64)]
+LAST = [
+    Ask("import os\n\n\ndef main(", SamplingParams(max_tokens=400, temperature=1.0, seed=seed, ignore_eos=True))
+    for seed in range(4)
+]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -45,15 +103,15 @@ def census() -> Iterator[Census]:
 
 
 @pytest.fixture(scope="module")
-def deployment(census: Census) -> Iterator[Deployment]:
-    with deployed(FILE, census) as deployment:
-        yield deployment
+def answers(census: Census) -> list[list[Answer]]:
+    """To `STREAMS`, then to `LAST`."""
+    return offline([*(stream.ask for stream in STREAMS), *LAST], tensor=2)
 
 
 @pytest.fixture(scope="module")
-def expected() -> dict[Ask, list[Answer]]:
-    asks = [*many_asks(), *last_asks()]
-    return dict(zip(map(repr, asks), offline(asks, tensor=2), strict=True))
+def deployment(census: Census, answers: object) -> Iterator[Deployment]:
+    with deployed(FILE, census) as deployment:
+        yield deployment
 
 
 def wait_idle(deployment: Deployment, timeout_s: float = 5.0) -> float:
@@ -64,83 +122,35 @@ def wait_idle(deployment: Deployment, timeout_s: float = 5.0) -> float:
         return replica.num_free_blocks == replica.num_total_blocks and not replica.num_running + replica.num_waiting
 
     took = wait_until(is_empty, timeout_s, "an empty pool")
-    time.sleep(1.5)  # an idle engine checks all its invariants once a second; what it finds ends the replica
+    time.sleep(1.2)  # an idle engine checks all its invariants once a second; what it finds ends the replica
     assert (deployment.replica().state, deployment.replica().incarnation) == ("ready", 1)
     return took
 
 
-class Fate:
-    """What becomes of a stream: it ends by itself, is left or cancelled after some tokens, or meets its deadline."""
-
-    def __init__(self, number: int, rng: random.Random) -> None:
-        self.kind = "whole" if number % 8 < 5 else ("left", "cancelled", "deadline")[number % 8 - 5]
-        self.num_tokens = rng.randint(1, 40)
-        self.deadline_s = rng.uniform(0.3, 3.0) if self.kind == "deadline" else None
-
-
-def random_ask(rng: random.Random, number: int) -> Ask:
-    prompt = a_prompt(rng, rng.randint(1, 400))
-    if number % 4 == 0:
-        prompt = "from typing import Any, NamedTuple\n" * 4 + prompt[:100]
-    params = SamplingParams(
-        max_tokens=rng.randint(1, 150),
-        temperature=rng.choice((0.0, 0.7, 1.0)),
-        top_p=rng.choice((1.0, 0.9)),
-        repetition_penalty=rng.choice((1.0, 1.1)),
-        seed=rng.getrandbits(64),
-        n=rng.choice((1, 1, 1, 2)),
-        stop=rng.choice(((), ("\n\n", "return"))),
-        ignore_eos=rng.random() < 0.5,
-    )
-    return Ask(prompt, params)
-
-
-def test_64_streams_equal_the_offline_answers(deployment: Deployment) -> None:
-    rng = random.Random(64)
-    asks = [random_ask(rng, number) for number in range(64)]
-    fates = [Fate(number, rng) for number in range(64)]
-    expected = offline(asks, tensor=2)
+def test_64_streams_equal_the_offline_answers(
+    deployment: Deployment, answers: list[list[Answer]], record_property: Callable[[str, object], None]
+) -> None:
     began = time.monotonic()
     with deployment.client() as client:
-
-        def stream(number: int) -> Iterator[pb.Chunk]:
-            ask, fate, name = asks[number], fates[number], f"job-{number}"
-            chunks = client.generate(ask.prompt, ask.params, request_id=name, deadline_s=fate.deadline_s)
-            heard = 0
-            with contextlib.closing(chunks):
-                for chunk in chunks:
-                    yield chunk
-                    heard += len(chunk.token_ids)
-                    if heard >= fate.num_tokens and fate.kind == "left":
-                        return
-                    if heard >= fate.num_tokens and fate.kind == "cancelled":
-                        client.cancel(name)
-
-        answers = Reader([stream(number) for number in range(64)]).wait(120)
-        reasons = {kind: set() for kind in ("whole", "left", "cancelled", "deadline")}
-        for number, (fate, answer, right) in enumerate(zip(fates, answers, expected, strict=True)):
-            kept = client.get(f"job-{number}").choices
-            for index, whole in enumerate(right):
-                reasons[fate.kind].add(kept[index].finish_reason)
-                if kept[index].finish_reason == whole.finish:
-                    assert (list(kept[index].token_ids), kept[index].text) == whole[:2], f"stream {number}"
-                assert list(kept[index].token_ids) == whole.token_ids[: len(kept[index].token_ids)], f"stream {number}"
-                if fate.kind != "left":
-                    assert answer[index].token_ids == list(kept[index].token_ids), f"stream {number}"
-                    assert (answer[index].text, answer[index].finish) == (kept[index].text, kept[index].finish_reason)
-                elif index in answer:
-                    assert whole.text.startswith(answer[index].text), f"stream {number}"
-    seconds = time.monotonic() - began
-    assert reasons["whole"] <= {"stop", "length"}
+        heard = Reader([stream.follow(client) for stream in STREAMS]).wait(120)
+        seconds = time.monotonic() - began
+        reasons: dict[str, set[str | None]] = {stream.fate: set() for stream in STREAMS}
+        for stream, own, right in zip(STREAMS, heard, answers, strict=False):
+            reasons[stream.fate] |= stream.check(client, own, right)
+    assert reasons["whole"] == {"stop", "length"}
     assert "cancelled" in reasons["left"] & reasons["cancelled"]
     assert "deadline" in reasons["deadline"]
     emptied_s = wait_idle(deployment)
     replica = deployment.replica()
     assert replica.num_preemptions > 0, "the pool was meant to be too small"
-    print(
-        f"\n64 streams: {replica.num_generated_tokens} tokens in {seconds:.1f} s, {replica.num_preemptions} preemptions, "
-        f"{replica.prefix_hits}/{replica.prefix_queries} prefix hits, pool empty {emptied_s:.2f} s later"
-    )
+    for what, value in {
+        "tokens": f"{replica.num_generated_tokens}",
+        "seconds": f"{seconds:.1f}",
+        "preemptions": f"{replica.num_preemptions}",
+        "cached prompt tokens": f"{replica.prefix_hits} of {replica.prefix_queries}",
+        "pool empty after": f"{emptied_s:.2f} s",
+    }.items():
+        record_property("table", ("64 streams on tensor 2", "all equal the offline answers", what, value))
 
 
 def submit(**fields: object) -> pb.SubmitRequest:
@@ -156,7 +166,11 @@ def sampling(**fields: object) -> pb.SubmitRequest:
 BAD_GENERATES = {
     "empty text": (pb.SubmitRequest(prompt_text=""), "INVALID_ARGUMENT", "makes no tokens; send some text"),
     "no ids": (pb.SubmitRequest(prompt_token_ids=pb.TokenIds()), "INVALID_ARGUMENT", "empty"),
-    "no prompt": (pb.SubmitRequest(), "INVALID_ARGUMENT", "no prompt; set prompt_token_ids, prompt_text or prompt_chat"),
+    "no prompt": (
+        pb.SubmitRequest(),
+        "INVALID_ARGUMENT",
+        "no prompt; set prompt_token_ids, prompt_text or prompt_chat",
+    ),
     "prompt over the limit": (
         pb.SubmitRequest(prompt_token_ids=pb.TokenIds(ids=[5] * 2048)),
         "OUT_OF_RANGE",
@@ -251,7 +265,10 @@ def test_a_killed_client_frees_its_blocks_after_the_grace(deployment: Deployment
         "for chunk in Client(sys.argv[1]).generate('class A:', params): print(chunk.position, flush=True)\n"
     )
     command = [sys.executable, "-c", program, deployment.address]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process, deployment.client() as client:
+    with (
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process,
+        deployment.client() as client,
+    ):
         assert process.stdout is not None
         for _ in range(20):
             assert process.stdout.readline()
@@ -259,26 +276,22 @@ def test_a_killed_client_frees_its_blocks_after_the_grace(deployment: Deployment
         ended_s = wait_until(lambda: client.status().jobs.running == 0, GRACE_S + 1.5, "the job's end")
     assert ended_s > GRACE_S / 2, "a client has this long to come back"
     freed_s = wait_idle(deployment, timeout_s=1.0)
-    print(f"\nclient killed: job ended after {ended_s:.2f} s (grace {GRACE_S} s), blocks seen free {freed_s:.2f} s later")
+    print(
+        f"\nclient killed: job ended after {ended_s:.2f} s (grace {GRACE_S} s), blocks seen free {freed_s:.2f} s later"
+    )
 
 
-def test_sigterm_drains(deployment: Deployment, census: Census) -> None:
-    asks = [Ask(CODE_LINE, SamplingParams(max_tokens=400, temperature=1.0, seed=n, ignore_eos=True)) for n in range(4)]
-    expected = offline(asks, tensor=2)
+def test_sigterm_drains(deployment: Deployment, census: Census, answers: list[list[Answer]]) -> None:
     with deployment.client() as client:
-        reader = Reader([client.generate(ask.prompt, ask.params) for ask in asks])
-        wait_until(lambda: all(reader.tokens(number) for number in range(4)), 10.0, "first tokens")
+        reader = Reader([client.generate(ask.prompt, ask.params) for ask in LAST])
+        wait_until(lambda: all(map(reader.tokens, range(len(LAST)))), 10.0, "first tokens")
         deployment.process.send_signal(signal.SIGTERM)
-        deployment.wait_for("drain", 5.0)
-        wait_until(lambda: client.status().draining, 2.0, "draining")
+        wait_until(lambda: client.status().draining, 5.0, "draining")
         with pytest.raises(UnavailableError, match="draining"):
-            Client(deployment.address).submit("x", LONG)
-        answers = reader.wait(60)
+            client.submit("x")
+        ended = reader.wait(60)
     began = time.monotonic()
-    assert [[answer[0]] for answer in answers] == expected
+    assert [[answer[0]] for answer in ended] == answers[len(STREAMS) :]
     assert deployment.wait_end() == 0
     census.assert_gone(within_s=3.0)
-    print(f"\ndrained: 4 streams ended whole, the rest {time.monotonic() - began:.2f} s after them")
-
-
-CODE_LINE = "import os\nimport sys\n\n\ndef main("
+    print(f"\ndrained: all streams ended whole, the rest {time.monotonic() - began:.2f} s after them")

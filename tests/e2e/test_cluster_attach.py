@@ -142,7 +142,10 @@ def lose_shard(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "sentence"),
     [
-        (cut_tensor, r"CheckpointError: .*'model\.layers\.3\.mlp\.up_proj\.weight' has shape \[100, 192\], .* \[512, 192\]"),
+        (
+            cut_tensor,
+            r"CheckpointError: .*'model\.layers\.3\.mlp\.up_proj\.weight' has shape \[100, 192\], .* \[512, 192\]",
+        ),
         (cut_file, r"CheckpointError: .*model\.safetensors"),
         (lose_shard, r"CheckpointError: .*model-00002-of-00002\.safetensors"),
     ],

@@ -1,13 +1,13 @@
-"""kill -9 and kill -STOP of each rank and of the engine under 16 streams, on one replica of tensor 2 x pipeline 2; then of
-the supervisor. Every stream ends equal to the undisturbed offline answer.
+"""kill -9 and kill -STOP of each rank and of the engine under 16 streams, on one replica of tensor 2 x pipeline 2.
+
+Every stream ends equal to the undisturbed offline answer. Last, kill -9 of the supervisor.
 
 About 90 s on two quiet cores.
 """
 
 import os
 import signal
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import psutil
 import pytest
@@ -29,16 +29,24 @@ kv: {num_blocks: 400}
 workers: {threads: 1}
 server: {listen: '127.0.0.1:0', metrics: 'off'}
 """
+MAX_TOKENS = 120
 ASKS = [
     Ask(
         f"import os\n\n\ndef function_{number}(",
-        SamplingParams(max_tokens=160, temperature=float(number % 2), seed=number, ignore_eos=True),
+        SamplingParams(max_tokens=MAX_TOKENS, temperature=float(number % 2), seed=number, ignore_eos=True),
     )
     for number in range(16)
 ]
 VICTIMS = ("engine", "rank 0", "rank 1", "rank 2", "rank 3")
 LIMIT_S = {signal.SIGKILL: 1.0, signal.SIGSTOP: 5.0}
 RESTART_S = 60.0
+CAUSES = {
+    (signal.SIGKILL, True): "the engine: the process died",
+    (signal.SIGKILL, False): "died without a word",
+    (signal.SIGSTOP, True): "its lease ran out: the engine is frozen",
+    (signal.SIGSTOP, False): "has been silent for",
+}
+"""What the supervisor reports, by signal and whether it hit the engine."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -61,7 +69,11 @@ def deployment(answers: object, census: Census) -> Iterator[Deployment]:
 @pytest.mark.parametrize("how", LIMIT_S, ids=lambda how: how.name)
 @pytest.mark.parametrize("victim", VICTIMS)
 def test_streams_survive(
-    deployment: Deployment, answers: list[list[Answer]], victim: str, how: signal.Signals
+    deployment: Deployment,
+    answers: list[list[Answer]],
+    victim: str,
+    how: signal.Signals,
+    record_property: Callable[[str, object], None],
 ) -> None:
     with deployment.client() as client:
 
@@ -72,26 +84,22 @@ def test_streams_survive(
         before = client.status().replicas[0]
         pid = pids(before)[VICTIMS.index(victim)]
         reader = Reader([client.generate(ask.prompt, ask.params) for ask in ASKS])
-        wait_until(lambda: min(map(reader.tokens, range(16))) > 20, 30, "20 tokens of every stream")
+        wait_until(lambda: min(map(reader.tokens, range(len(ASKS)))) > 8, 30, "8 tokens of every stream")
         os.kill(pid, how)
-        detected_s = wait_until(lambda: state() != ("ready", before.incarnation), 10, "the loss", interval_s=0.005)
-        lost_at = [reader.tokens(number) for number in range(16)]
-        assert all(20 < tokens < 160 for tokens in lost_at)
+        noticed_s = wait_until(lambda: state() != ("ready", before.incarnation), 10, "the loss", interval_s=0.005)
+        assert max(map(reader.tokens, range(len(ASKS)))) < MAX_TOKENS
         if how == signal.SIGSTOP and psutil.pid_exists(pid):
             os.kill(pid, signal.SIGCONT)  # fenced: whatever it still does must not matter
         back_s = wait_until(lambda: state() == ("ready", before.incarnation + 1), RESTART_S, "the restart")
-        ended = reader.wait(60)
-        assert [[answer[0]] for answer in ended] == answers
-        assert detected_s <= LIMIT_S[how]
+        assert [[answer[0]] for answer in reader.wait(60)] == answers
         wait_until(lambda: not psutil.pid_exists(pid), 5, "the end of the victim")
-        wait_until(lambda: client.status().replicas[0].num_running == 0, 5, "an idle engine")
         assert state() == ("ready", before.incarnation + 1)
     lost = deployment.all("lost")[-1]
     assert (lost["replica"], lost["incarnation"]) == (0, before.incarnation)
-    print(
-        f"\n{how.name} of {victim}: noticed after {detected_s:.2f} s, replica back {back_s:.1f} s later, longest gap of a "
-        f"stream {reader.longest_gap_s:.1f} s\n  {lost['text'][:200]}"
-    )
+    assert CAUSES[how, victim == "engine"] in lost["text"]
+    for what, seconds in {"noticed": noticed_s, "back after": back_s, "longest pause": reader.longest_gap_s}.items():
+        record_property("table", ("faults on tensor 2 x pipeline 2", f"{how.name} {victim}", what, f"{seconds:.2f} s"))
+    assert noticed_s <= LIMIT_S[how]
 
 
 def test_nothing_outlives_the_supervisor(deployment: Deployment, census: Census) -> None:

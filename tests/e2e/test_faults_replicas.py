@@ -79,7 +79,12 @@ def replica(client: Client, number: int) -> ReplicaStatus:
 
 @pytest.mark.parametrize(
     ("number", "victim", "how", "detection_s"),
-    [(0, 1, signal.SIGKILL, 1.0), (1, 2, signal.SIGKILL, 1.0), (0, 0, signal.SIGKILL, 1.0), (1, 1, signal.SIGSTOP, 5.0)],
+    [
+        (0, 1, signal.SIGKILL, 1.0),
+        (1, 2, signal.SIGKILL, 1.0),
+        (0, 0, signal.SIGKILL, 1.0),
+        (1, 1, signal.SIGSTOP, 5.0),
+    ],
     ids=["stage 0 of 0 killed", "stage 1 of 1 killed", "engine of 0 killed", "stage 0 of 1 frozen"],
 )
 def test_the_other_replica_goes_on(
