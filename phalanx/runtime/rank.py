@@ -20,7 +20,7 @@ import msgspec
 from phalanx.runtime import plan, rank_link
 
 if TYPE_CHECKING:
-    from phalanx.runtime.worker import PendingResult
+    from phalanx.runtime.pending_result import PendingResult
 
 PING_S = 0.5
 

@@ -5,63 +5,17 @@ from collections import deque
 
 import torch
 
-from phalanx.kernels.sample import TopLogprobs
+from phalanx.kernels import memory
 from phalanx.kernels.types import AttnMeta
 from phalanx.models.batch import ForwardBatch
 from phalanx.models.loading import load_model
 from phalanx.parallel.mesh import Mesh
 from phalanx.parallel.pipeline import PendingTokens
-from phalanx.runtime.frames import TokenLogprobs
-from phalanx.runtime.plan import PlanError, StepPlan, StepResult, roll_hash
+from phalanx.runtime.pending_result import PendingResult
+from phalanx.runtime.plan import PlanError, StepPlan, roll_hash
 from phalanx.runtime.rank_spec import RankSpec
-from phalanx.runtime.sampler import Sampled, Sampler
+from phalanx.runtime.sampler import Sampler
 from phalanx.runtime.slot_table import SampleRows, SlotTable
-
-
-class PendingResult:
-    """A step that is launched; `wait` gives its result. On CUDA the copy to the host is already under way."""
-
-    def __init__(self, plan: StepPlan, dp_rank: int, rows: SampleRows, sampled: Sampled, started: float) -> None:
-        self._plan, self._dp_rank, self._rows, self._sampled, self._started = plan, dp_rank, rows, sampled, started
-        self._token_ids = sampled.token_ids.to("cpu", non_blocking=True)
-        self._failed = sampled.failed.to("cpu", non_blocking=True)
-        self._event = torch.cuda.Event() if sampled.token_ids.is_cuda else None
-        if self._event is not None:
-            self._event.record()
-
-    @property
-    def is_ready(self) -> bool:
-        """Whether `wait` will not block."""
-        return self._event is None
-
-    def wait(self) -> StepResult:
-        """Block until the step's ids are on the host."""
-        if self._event is not None:
-            self._event.synchronize()
-        logprobs: list[TokenLogprobs | None] = []
-        ids: list[int] = self._token_ids.tolist()
-        if self._sampled.logprobs is not None:
-            logprobs = [None] * len(ids)
-            wanted = self._sampled.logprob_rows
-            entries = _entries(self._sampled.logprobs, [ids[row] for row in wanted])
-            for row, entry in zip(wanted, entries, strict=True):
-                logprobs[row] = entry
-        prompt = [
-            (part.slot, _entries(values, targets.tolist()))
-            for part, (values, targets) in zip(self._rows.prompt, self._sampled.prompt_logprobs, strict=True)
-        ]
-        failed = torch.nonzero(self._failed).view(-1).tolist()
-        return StepResult(
-            self._plan.step,
-            self._plan.generation,
-            self._dp_rank,
-            self._rows.slots.tolist(),
-            ids,
-            failed,
-            logprobs,
-            prompt,
-            time.perf_counter() - self._started,
-        )
 
 
 class Worker:
@@ -90,7 +44,8 @@ class Worker:
             choose=spec.choose,
         )
         shape = self.model.kv_shape(spec.num_blocks, spec.block_size)
-        self.kv = torch.zeros(shape, dtype=self.dtype, device=mesh.device)
+        # Not cleared: kernels mask what no token has written.
+        self.kv = memory.empty(shape, self.dtype, mesh.device)
         self.table = SlotTable(spec.max_sequences, spec.kv, mesh.device)
         self.sampler = Sampler(self.table, spec.choose)
         self._next_step, self._hash = 0, 0
@@ -181,9 +136,3 @@ def warm_up(worker: Worker) -> None:
         worker.model.forward(batch, worker.kv, hidden)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _entries(values: TopLogprobs, token_ids: list[int]) -> list[TokenLogprobs]:
-    columns = (values.logprobs, values.ranks, values.top_ids, values.top_logprobs)
-    logprobs, ranks, ids, tops = (column.tolist() for column in columns)
-    return [TokenLogprobs(*entry) for entry in zip(token_ids, logprobs, ranks, ids, tops, strict=True)]

@@ -39,7 +39,7 @@ server: {{listen: '127.0.0.1:0', metrics: 'off', detach_grace: {GRACE_S}s}}
 
 
 class Stream:
-    """A random request and what becomes of it: it ends by itself, is left or cancelled midway, or meets its deadline."""
+    """A random request and its fate: it ends by itself, is left or cancelled midway, or meets its deadline."""
 
     def __init__(self, number: int) -> None:
         rng = random.Random(number)
@@ -96,20 +96,20 @@ LAST = [
 ]
 
 
+@pytest.fixture(scope="module")
+def answers() -> list[list[Answer]]:
+    """To `STREAMS`, then to `LAST`."""
+    return offline([*(stream.ask for stream in STREAMS), *LAST], tensor=2)
+
+
 @pytest.fixture(scope="module", autouse=True)
-def census() -> Iterator[Census]:
+def census(answers: object) -> Iterator[Census]:
     with Census() as census:
         yield census
 
 
 @pytest.fixture(scope="module")
-def answers(census: Census) -> list[list[Answer]]:
-    """To `STREAMS`, then to `LAST`."""
-    return offline([*(stream.ask for stream in STREAMS), *LAST], tensor=2)
-
-
-@pytest.fixture(scope="module")
-def deployment(census: Census, answers: object) -> Iterator[Deployment]:
+def deployment(census: Census) -> Iterator[Deployment]:
     with deployed(FILE, census) as deployment:
         yield deployment
 

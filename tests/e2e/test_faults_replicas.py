@@ -40,19 +40,19 @@ GAP_S = 0.5
 """Goal for the pause of a stream beyond the detection; twice that is asserted, because the machine may be busy."""
 
 
-@pytest.fixture(scope="module", autouse=True)
-def census() -> Iterator[Census]:
-    with Census() as census:
-        yield census
-
-
 @pytest.fixture(scope="module")
 def answers() -> list[list[Answer]]:
     return offline(ASKS, pipeline=2)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def census(answers: object) -> Iterator[Census]:
+    with Census() as census:
+        yield census
+
+
 @pytest.fixture(scope="module")
-def deployment(answers: object, census: Census) -> Iterator[Deployment]:
+def deployment(census: Census) -> Iterator[Deployment]:
     with deployed(FILE, census, replicas=2) as deployment:
         yield deployment
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from phalanx import LLM, SamplingParams
 from phalanx.deploy.client import Chunk
 from phalanx.errors import PhalanxError
+from tests.support.engines import SHARING_CORES, forked_ranks
 
 CODE = (Path(__file__).parents[2] / "phalanx/runtime/scheduler.py").read_text()
 """The embedded model was made to continue Python."""
@@ -77,8 +78,10 @@ class Reader:
 
 
 def offline(asks: Sequence[Ask], **layout: Any) -> list[list[Answer]]:
-    """What `LLM` answers to the same requests on the embedded model, all choices of each."""
-    options = {"device": "cpu", "dtype": "float32", "workers": {"threads": 1}, "kv": {"num_blocks": 1500}, **layout}
-    with LLM("tiny", **options) as llm:
+    """What `LLM` answers to the same requests on the embedded model, all choices of each.
+
+    To be called while no census is open: the fork server of the ranks stays for other tests.
+    """
+    with forked_ranks(), LLM("tiny", kv={"num_blocks": 1500}, **SHARING_CORES, **layout) as llm:
         outputs = llm.generate([ask.prompt for ask in asks], [ask.params for ask in asks])
     return [[Answer(c.token_ids, c.text, c.finish_reason) for c in output.choices] for output in outputs]

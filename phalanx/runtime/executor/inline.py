@@ -9,9 +9,10 @@ import torch
 
 from phalanx.parallel import rendezvous
 from phalanx.runtime.executor.executor import HasFileno
+from phalanx.runtime.pending_result import PendingResult
 from phalanx.runtime.plan import Ready, StepPlan, StepResult
 from phalanx.runtime.rank_spec import RankSpec
-from phalanx.runtime.worker import PendingResult, Worker, warm_up
+from phalanx.runtime.worker import Worker, warm_up
 
 
 class InlineExecutor:
