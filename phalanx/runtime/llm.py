@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
-from phalanx.errors import InvalidRequestError, StepError
+from phalanx.errors import InvalidRequestError, ReplicaLostError, StepError
 from phalanx.models.loading import read_config, resolve_path
 from phalanx.parallel import rendezvous
 from phalanx.parallel.mesh import MeshShape
@@ -139,6 +139,7 @@ class LLM:
         self._rng = random.Random()
         self._jobs: dict[str, _Job] = {}
         self._count = 0
+        self._ended = ""
         self._store: object = None
         self.engine = Engine(self.config, self._start())
 
@@ -156,8 +157,10 @@ class LLM:
         Raises:
             InvalidRequestError: a prompt or parameter is out of its limits; nothing has run then.
             StepError: the model gave no number for one of the prompts; the others' answers are lost with it.
-            ReplicaLostError: a rank died.
+            ReplicaLostError: a rank died, now or before, or this LLM was closed.
         """
+        if self._ended:
+            raise ReplicaLostError(f"this LLM has ended ({self._ended}); make a new one")
         listed = _as_list(prompts)
         each = list(params) if isinstance(params, Sequence) else [params or SamplingParams()] * len(listed)
         if len(each) != len(listed):
@@ -168,16 +171,20 @@ class LLM:
             while any(self._jobs[name].unfinished for name in names):
                 for row in self.engine.step(1.0):
                     self._take(row)
-        except BaseException:
+        except BaseException as error:
             for name in names:
                 self.engine.abort(Abort(name, 0))
                 del self._jobs[name]
+            if isinstance(error, ReplicaLostError):
+                self.close()
+                self._ended = str(error)
             raise
         jobs = [self._jobs.pop(name) for name in names]
         return [_result(job) for job in jobs]
 
     def close(self) -> None:
         """End the ranks."""
+        self._ended = "it was closed"
         self.engine.executor.close()
 
     def __enter__(self) -> "LLM":

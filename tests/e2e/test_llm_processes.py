@@ -1,4 +1,4 @@
-"""The offline API with ranks in child processes: equal answers, lost ranks, nothing left behind. Runs in X s.
+"""The offline API with ranks in child processes: equal answers, lost ranks, nothing left behind. Runs in 45 s.
 
 Where a test says "real", ranks are the product's own child processes; elsewhere they are forked, which is much quicker.
 """
@@ -100,7 +100,6 @@ def test_killed_rank_is_named_in_time(shape, rank):
 def test_frozen_rank_is_named_in_time(shape, rank):
     with forked_ranks(), LLM("tiny", **LIMITS, **SHAPES[shape]) as llm:
         _lose(llm, rank, signal.SIGSTOP, FROZEN_S)
-        os.kill(_pids(llm)[rank], signal.SIGCONT)  # else closing waits, and then kills: tested with real ones
 
 
 @pytest.mark.multi

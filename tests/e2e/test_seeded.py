@@ -1,4 +1,4 @@
-"""A seeded request gives the same tokens whatever else runs, on any layout, preempted or resumed. Runs in X s.
+"""A seeded request gives the same tokens whatever else runs, on any layout, preempted or resumed. Runs in 22 s.
 
 What "the same" is, a sampler in plain Python says, from transformers' logits and the seed.
 """

@@ -1,11 +1,15 @@
 """Ranks as child processes of the engine, on one machine, without Ray."""
 
+import contextlib
 import secrets
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 
 import msgspec
 
+from phalanx.errors import ReplicaLostError
 from phalanx.runtime.executor.executor import HasFileno
 from phalanx.runtime.executor.link import LinkExecutor
 from phalanx.runtime.plan import Ready, StepPlan, StepResult
@@ -13,7 +17,8 @@ from phalanx.runtime.rank import Bootstrap
 from phalanx.runtime.rank_link import RankListener
 from phalanx.runtime.rank_spec import RankSpec
 
-EXIT_S = 5.0
+EXIT_S = 2.0
+"""Ranks that have not ended by then, all together, are killed."""
 
 
 class ProcessExecutor:
@@ -39,16 +44,29 @@ class ProcessExecutor:
 
     def submit(self, plan: StepPlan) -> None:
         """Send the step to every rank."""
-        self._link.submit(plan)
+        with self._naming_the_dead():
+            self._link.submit(plan)
 
     def poll(self, timeout_s: float, wake: HasFileno | None = None) -> list[StepResult]:
         """Results that have arrived; see `Executor.poll`."""
-        return self._link.poll(timeout_s, wake)
+        with self._naming_the_dead():
+            return self._link.poll(timeout_s, wake)
 
     def close(self) -> None:
         """End the ranks and reap them."""
         self._link.close()
         self._end()
+
+    @contextlib.contextmanager
+    def _naming_the_dead(self) -> Iterator[None]:
+        try:
+            yield
+        except ReplicaLostError as error:
+            ended = {rank: process.poll() for rank, process in enumerate(self._processes)}
+            for process in self._processes:
+                process.kill()  # the replica is over, and a frozen rank would not see its link end
+            statuses = ", ".join(f"rank {rank}: {status}" for rank, status in ended.items() if status is not None)
+            raise ReplicaLostError(f"{error} (exit status: {statuses})" if statuses else str(error)) from error
 
     def _find_dead(self) -> str | None:
         for rank, process in enumerate(self._processes):
@@ -60,9 +78,10 @@ class ProcessExecutor:
         for process in self._processes:
             assert process.stdin is not None, "opened as a pipe"
             process.stdin.close()
+        deadline = time.monotonic() + EXIT_S
         for process in self._processes:
             try:
-                process.wait(EXIT_S)
+                process.wait(max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
