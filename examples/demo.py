@@ -53,7 +53,8 @@ class Demo:
 
     def report(self, progress: Progress) -> None:
         """Take the supervisor's progress."""
-        self.console.print(f"[bold]{progress.event}[/]: {progress.text}", highlight=False)
+        if progress.event != "log":
+            self.console.print(f"[bold]{progress.event}[/]: {progress.text}", highlight=False)
         if progress.event == "controller":
             self.address = progress.text.rpartition(" ")[2]
         self.ready.set() if progress.event == "ready" else None

@@ -9,7 +9,6 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import grpc
 import msgspec
@@ -63,23 +62,22 @@ class ControllerProcess:
     def __init__(
         self, plan: DeploymentPlan, on_reclaim: Callable[[supervise.Reclaim], None], on_log: Callable[[str], None]
     ) -> None:
-        with tempfile.NamedTemporaryFile("wb", suffix=".json", delete=False) as file:
-            file.write(msgspec.json.encode(server_options(plan)))
-        command = [sys.executable, "-m", "phalanx.deploy.server.main", "--plan", file.name]
-        # Its own process group: a Ctrl-C of the terminal reaches the supervisor alone, which then drains.
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
-        )
-        self._on_log = on_log
+        self._on_log, self._on_reclaim = on_log, on_reclaim
         self._errors: list[str] = []
-        self._echo = threading.Thread(target=self._read_errors, name="controller-log", daemon=True)
-        self._echo.start()
-        bound = self._bound_ports()
-        Path(file.name).unlink(missing_ok=True)
+        with tempfile.NamedTemporaryFile("wb", suffix=".json") as file:
+            file.write(msgspec.json.encode(server_options(plan)))
+            file.flush()
+            command = [sys.executable, "-m", "phalanx.deploy.server.main", "--plan", file.name]
+            # Its own process group: a Ctrl-C of the terminal reaches the supervisor alone, which then drains.
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+            )
+            self._echo = threading.Thread(target=self._read_errors, name="controller-log", daemon=True)
+            self._echo.start()
+            bound = self._bound_ports()
         self.pid = self._process.pid
         self.listen = _with_port(plan.server.listen, bound["listen"])
         self.engines = _with_port(plan.server.engine_listen, bound["engine_listen"])
-        self._on_reclaim = on_reclaim
         self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._outbox.put(supervise.encode(supervise.SupervisorHello(VERSION)))
         self._channel = grpc.insecure_channel(self.engines, options=LINK_OPTIONS)

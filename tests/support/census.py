@@ -101,7 +101,7 @@ def _listening() -> dict[str, int]:
 
 def _open_files() -> set[Path]:
     """Files of /dev/shm that some live process has open or mapped: those of other programs on this machine."""
-    found = set()
+    found: set[Path] = set()
     for process in psutil.process_iter():
         found.update(Path(link) for link in _descriptors(process.pid) if link.startswith(str(SHM)))
         try:

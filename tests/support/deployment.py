@@ -141,9 +141,11 @@ def deployed(yaml: str, census: Census, *, replicas: int = 1) -> Iterator[Deploy
 def short_folder() -> Iterator[Path]:
     """A temporary folder for a deployment's files, Ray's and its record too. Short, because Ray keeps sockets in it."""
     folder = Path(tempfile.mkdtemp(prefix="ph-"))
-    with mock.patch.dict(os.environ, RAY_TMPDIR=str(folder), XDG_RUNTIME_DIR=str(folder)):
-        yield folder
-    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        with mock.patch.dict(os.environ, RAY_TMPDIR=str(folder), XDG_RUNTIME_DIR=str(folder)):
+            yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def pids(replica: ReplicaStatus) -> list[int]:

@@ -82,6 +82,7 @@ def offline(asks: Sequence[Ask], **layout: Any) -> list[list[Answer]]:
 
     To be called while no census is open: the fork server of the ranks stays for other tests.
     """
-    with forked_ranks(), LLM("tiny", kv={"num_blocks": 1500}, **SHARING_CORES, **layout) as llm:
+    options: dict[str, Any] = {"kv": {"num_blocks": 1500}, **SHARING_CORES, **layout}
+    with forked_ranks(), LLM("tiny", **options) as llm:
         outputs = llm.generate([ask.prompt for ask in asks], [ask.params for ask in asks])
     return [[Answer(c.token_ids, c.text, c.finish_reason) for c in output.choices] for output in outputs]
