@@ -9,6 +9,7 @@ The workload is the peers' own: random ids from a fixed seed, greedy, no early s
 
 import argparse
 import json
+import os
 import pathlib
 import platform
 import random
@@ -67,6 +68,13 @@ def dense_checkpoint(peers: pathlib.Path) -> str | None:
     return str(folder)
 
 
+def cpu_name() -> str:
+    """What /proc/cpuinfo calls this machine, with its CPU count."""
+    lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return f"{name}, {os.cpu_count()} CPUs"
+
+
 def run(command: list[str]) -> list[dict]:
     """The rows a side prints, echoed."""
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
@@ -114,7 +122,7 @@ def report(rows: dict[tuple[str, int], list[float]], peer: str, out: pathlib.Pat
         import transformers
 
         versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-        machine = {"cpu": platform.processor() or platform.machine(), "versions": versions, "rounds": len(rows)}
+        machine = {"cpu": cpu_name(), "versions": versions, "rounds": max(map(len, rows.values()))}
         out.write_text(json.dumps({"machine": machine, "checkpoint": checkpoint, "rows": table}, indent=1) + "\n")
 
 
