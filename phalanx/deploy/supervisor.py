@@ -20,7 +20,10 @@ from phalanx.deploy.server.supervise import Reclaim
 from phalanx.errors import PhalanxError, ReplicaLostError
 
 MAX_FAILED_STARTS = 3
-"""Consecutive starts of a replica that never served: then the deployment ends with the last error."""
+"""Failed starts in a row of a replica that has served: then the deployment ends, unless another replica serves."""
+
+RETRY_S = 15.0
+"""Between further starts of a replica that keeps failing while others serve."""
 
 BACKOFF_S = 1.0
 
@@ -56,6 +59,7 @@ class Supervisor:
         self._fatal: PhalanxError | None = None
         self._signals = 0
         self._reclaims: dict[int, Reclaim] = {}
+        self._serving: set[int] = set()
         self._lock = threading.Lock()
 
     def run(self) -> None:
@@ -132,7 +136,7 @@ class Supervisor:
                 failed_starts = 0 if attempt.has_served else failed_starts + 1
                 if self._stopping.is_set():
                     pass
-                elif not ever_served or failed_starts >= MAX_FAILED_STARTS:
+                elif not ever_served or (failed_starts >= MAX_FAILED_STARTS and not self._serving - {number}):
                     self._fatal = failure
                 else:
                     data = {"replica": number, "incarnation": incarnation, "error": error}
@@ -140,9 +144,12 @@ class Supervisor:
             except RayError as failure:
                 self._fatal = ReplicaLostError(f"Ray failed the supervisor: {describe(failure)}")
             finally:
+                self._serving.discard(number)
                 attempt.replica.end()
             controller.replica_gone(number, incarnation, "exit" if attempt.has_served else "startup", error)
-            if time.monotonic() - started < BACKOFF_S:
+            if failed_starts >= MAX_FAILED_STARTS:
+                self._stopping.wait(RETRY_S)
+            elif time.monotonic() - started < BACKOFF_S:
                 self._stopping.wait(BACKOFF_S)
 
     def _serve(self, attempt: "_Attempt", controller: ControllerProcess) -> None:
@@ -178,6 +185,7 @@ class Supervisor:
             is_this = (replica.replica, replica.incarnation) == (attempt.replica.replica, attempt.replica.incarnation)
             if is_this and replica.state == "ready":
                 attempt.has_served = True
+                self._serving.add(replica.replica)
                 self._report(_ready(replica, attempt))
 
 
