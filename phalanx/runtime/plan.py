@@ -68,12 +68,14 @@ class DomainPlan(msgspec.Struct, frozen=True, array_like=True):
     Attributes:
         release: slots whose sequence left and that no step in flight uses; a slot may be admitted again at once.
         rows: flat triples (slot, num_tokens, sample 0|1), rows of one token first; their token ids come from the slot.
+        num_settled: this dp rank has answered all steps below; its stage 0 takes their sampled ids first of all.
     """
 
     release: list[int]
     admit: list[SlotInit]
     extend: list[Extend]
     rows: list[int]
+    num_settled: int = 0
 
 
 class StepPlan(msgspec.Struct, frozen=True, array_like=True):
@@ -83,13 +85,11 @@ class StepPlan(msgspec.Struct, frozen=True, array_like=True):
         step: consecutive from 0 within a generation.
         generation: changes when the mesh does.
         schedule_hash: running digest of all rows planned so far; a rank that computes another one fails at once.
-        num_settled: steps below this one have been answered; stage 0 takes their sampled ids before it runs the step.
     """
 
     step: int
     generation: int
     schedule_hash: int
-    num_settled: int
     domains: list[DomainPlan]
 
 

@@ -110,16 +110,17 @@ class Scheduler:
             self._take_running(domain, builder)
         if self._waiting:
             self._admit_waiting(builders)
-        built = [builder.build() for builder in builders]
+        built = [
+            builder.build(domain.in_flight[0][0] if domain.in_flight else self.step)
+            for domain, builder in zip(self.domains, builders, strict=True)
+        ]
         if not allow_empty and not any(rows for _, rows in built):
             return None
-        # Of the rank that is furthest: its rows may follow on these steps. The others only wait a little longer.
-        num_settled = max(domain.in_flight[0][0] if domain.in_flight else self.step for domain in self.domains)
         for domain, (plan, rows) in zip(self.domains, built, strict=True):
             domain.released = []
             domain.in_flight.append((self.step, rows))
             self._hash = roll_hash(self._hash, plan.rows)
-        step = StepPlan(self.step, 0, self._hash, num_settled, [plan for plan, _ in built])
+        step = StepPlan(self.step, 0, self._hash, [plan for plan, _ in built])
         self.step += 1
         return step
 

@@ -81,7 +81,7 @@ class StepBuilder:
             self._chunk_rows.append(row)
         return num_tokens
 
-    def build(self) -> tuple[DomainPlan, list[Row]]:
-        """The plan, and its rows in the same order."""
-        plan = DomainPlan(self.release, self.admit, self.extend, self._singles + self._chunks)
+    def build(self, num_settled: int) -> tuple[DomainPlan, list[Row]]:
+        """The plan, and its rows in the same order; `num_settled` as in `DomainPlan`."""
+        plan = DomainPlan(self.release, self.admit, self.extend, self._singles + self._chunks, num_settled)
         return plan, self._single_rows + self._chunk_rows

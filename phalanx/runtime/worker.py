@@ -62,7 +62,7 @@ class Worker:
         domain = plan.domains[self.mesh.coordinate.dp]
         self._check(plan)
         # Before the changes: an id that arrives late must not land in a slot's next owner.
-        self._take_tokens(plan.num_settled)
+        self._take_tokens(domain.num_settled)
         self.table.apply(domain)
         batch, rows = self.table.build(domain.rows)
         pipeline, hidden = self.mesh.pipeline, None

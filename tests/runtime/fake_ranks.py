@@ -118,7 +118,7 @@ class FakeRank:
             poison: index (modulo their number) of the row whose computation goes wrong.
         """
         part = plan.domains[self.dp_rank]
-        self._take_tokens(plan.num_settled)
+        self._take_tokens(part.num_settled)
         self._apply(part, failed)
         rows = list(zip(part.rows[::3], part.rows[1::3], part.rows[2::3], strict=True))
         self._check_rows(rows)

@@ -379,7 +379,9 @@ MUTANTS = {
     "contents of failed rows kept": Mutant("scheduler", "if index in failed:", "if False:"),
     "run-ahead past the end": Mutant("scheduler", "and seq.num_known < seq.max_length", ""),
     "two stages, one sequence": Mutant("scheduler", "if pipelined and seq.num_in_flight:", "if False:"),
-    "stage 0 reads an id too early": Mutant("scheduler", "num_settled = max(", "num_settled = min("),
+    "stage 0 reads an id too early": Mutant(
+        "scheduler", "domain.in_flight[0][0] if domain.in_flight else self.step", "0"
+    ),
     "hits computed again": Mutant("scheduler", "seq.num_prompt, match.num_tokens,", "seq.num_prompt, 0,"),
     "others pass a blocked head": Mutant("scheduler", "if placed is None:", "if False:"),
     "no priorities": Mutant("engine", "order=(frame.priority,", "order=(0,"),

@@ -33,17 +33,16 @@ from tests.runtime.test_frames import damaged
 
 SAMPLING = SlotSampling(0.5, 40, 0.9, 0.05, 1.1, 0.5, -0.5, {3: -1.5}, 2**64 - 1, 1, 2, [0, 7], 5, -1)
 PLANS = [
-    StepPlan(0, 0, 0, 0, []),
+    StepPlan(0, 0, 0, []),
     StepPlan(
         7,
         1,
         2**63 - 1,
-        6,
         [
             DomainPlan(
                 [4], [SlotInit(4, b"\1\0\0\0\2\0\0\0", 2, 0, SAMPLING)], [Extend(4, 0, [1, 2])], [0, 1, 1, 4, 2, 1]
             ),
-            DomainPlan([], [], [], []),
+            DomainPlan([], [], [], [], 6),
         ],
     ),
 ]
@@ -140,4 +139,4 @@ def test_the_digest_is_equal_in_every_process() -> None:
 
 def test_a_decode_step_costs_few_bytes() -> None:
     rows = [value for slot in range(256) for value in (slot, 1, 1)]
-    assert len(messages.encode(StepPlan(10**6, 0, 2**62, 10**6, [DomainPlan([], [], [], rows)]))) < 1100
+    assert len(messages.encode(StepPlan(10**6, 0, 2**62, [DomainPlan([], [], [], rows, 10**6)]))) < 1100
