@@ -9,8 +9,6 @@ import msgspec
 from phalanx.errors import PhalanxError
 from phalanx.runtime.frames import TokenLogprobs
 
-MAX_PLAN_BYTES = 256 * 2**20
-
 BAD_BYTES = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 """What a decoder raises for bytes that are no message."""
 
