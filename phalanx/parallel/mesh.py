@@ -55,15 +55,16 @@ class Mesh:
     Attributes:
         device: where this rank computes.
         tp: the ranks that share one copy of the weights of a stage and one set of sequences.
-        stage: all dp x tp ranks of this pipeline stage, rank = dp_rank * tp_size + tp_rank; experts spread over it.
         pipeline: the way to the neighbouring stages; None when there is one stage.
+
+    The groups connect the pp x tp ranks of one dp rank (a *unit*) and nobody else, so that units can come and go while
+    the others serve. What units exchange for experts goes through a `Membership`.
     """
 
     shape: MeshShape
     rank: int
     device: "torch.device"
     tp: "Group"
-    stage: "Group"
     pipeline: "Pipeline | None" = None
     shutdown: Callable[[], None] | None = None
 

@@ -42,8 +42,7 @@ def collectives(mesh: Mesh) -> list[Tensor]:
 def coordinates(mesh: Mesh) -> list[Tensor]:
     """Rank sums over each group tell which ranks are in it."""
     me = torch.tensor([float(mesh.rank)])
-    place = torch.tensor([mesh.tp.rank, mesh.stage.rank])
-    return [mesh.tp.all_gather(me, dim=0), mesh.stage.all_gather(me.clone(), dim=0), place]
+    return [mesh.tp.all_gather(me, dim=0), torch.tensor([mesh.tp.rank])]
 
 
 def column(mesh: Mesh) -> Tensor:

@@ -1,0 +1,213 @@
+"""The process groups of one generation of an expert group, built beside older generations that go on serving."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import PrefixStore, ProcessGroupGloo, Store  # type: ignore[attr-defined]  # not in its __all__
+
+from phalanx.errors import ConfigError, ReplicaLostError
+from phalanx.parallel.topology import EpTopology
+from phalanx.parallel.torch_transport import Sending, TorchTransport
+from phalanx.parallel.transport import Hop, peers
+
+HOPS: tuple[Hop, ...] = ("flat", "rail", "node")
+MakeBackend = Callable[[Store, int, int], Any]
+
+
+class Mover:
+    """Point-to-point rows on a communicator of its own, for expert migration beside the exchanges.
+
+    Data travels as soon as both sides have called; `wait` says that it has arrived, there is no poll. NCCL ignores tags
+    and matches in order: both sides of all transfers must issue them in one global order, as plan items do.
+    """
+
+    def __init__(self, rank: int, group: dist.ProcessGroup | None) -> None:
+        self.rank = rank
+        self._group = group
+
+    def send(self, row: Tensor, target: int, tag: int) -> Sending:
+        """Begin to send a contiguous uint8 row, which must not change before `wait`.
+
+        Args:
+            row: (n,) uint8.
+            target: rank in the expert group, another one.
+            tag: pairs this call with one `receive` of the target.
+        """
+        group = self._open(row)
+        return self._begin(lambda: group.send([row], target, tag), row, f"tag {tag} to rank {target}")
+
+    def receive(self, out: Tensor, source: int, tag: int) -> Sending:
+        """Begin to fill a contiguous uint8 row of the sender's size; the inverse of `send`.
+
+        Args:
+            out: (n,) uint8.
+            source: rank in the expert group, another one.
+            tag: as that of the sender.
+        """
+        group = self._open(out)
+        return self._begin(lambda: group.recv([out], source, tag), out, f"tag {tag} from rank {source}")
+
+    def close(self) -> None:
+        """Let go of the group; later calls raise `ReplicaLostError`."""
+        self._group = None
+
+    def _open(self, row: Tensor) -> dist.ProcessGroup:
+        assert row.dtype == torch.uint8, f"{row.dtype} row; view it as torch.uint8"
+        assert row.is_contiguous(), f"row with strides {row.stride()}"
+        if self._group is None:
+            raise ReplicaLostError(f"rank {self.rank} has no group to move rows in: it is alone, or was destroyed")
+        return self._group
+
+    def _begin(self, begin: Callable[[], dist.Work], row: Tensor, what: str) -> Sending:
+        where = f"rank {self.rank}, {what}"
+        try:
+            return Sending(begin().wait, where, row)
+        except RuntimeError as error:
+            raise ReplicaLostError(f"{where}: the transfer could not begin: {error}") from error
+
+
+@dataclass(slots=True)
+class Membership:
+    """Who is in the expert group, and how this rank reaches them; `build` makes it.
+
+    After a `ReplicaLostError` destroy it at once: a rank that does not exchange with the lost one itself waits for the
+    survivors, and learns of the loss when their connections close.
+
+    Attributes:
+        generation: counts the sets of ranks, up.
+        topology: P ranks on their nodes.
+        rank: of this process, 0 ... P-1; may differ between generations.
+        transport: for dispatchers.
+        mover: for expert rows.
+    """
+
+    generation: int
+    topology: EpTopology
+    rank: int
+    transport: TorchTransport
+    mover: Mover
+    _abort: list[Callable[[], None]]
+
+    def destroy(self) -> None:
+        """Close its connections and end its threads; other generations are not touched. May be called again.
+
+        A `Sending` or an error of this generation that somebody keeps may keep connections open until it is dropped.
+        Waits for exchanges of this rank that are still under way, at most for the timeout of the groups.
+        """
+        self.transport.close()
+        self.mover.close()
+        # gloo closes when the last reference goes; NCCL is told to, and does not wait for peers that may be gone.
+        while self._abort:
+            self._abort.pop()()
+
+
+def build(
+    store: Store,
+    *,
+    prefix: str,
+    generation: int,
+    topology: EpTopology,
+    rank: int,
+    device: torch.device,
+    timeout_s: float,
+    interface: str | None = None,
+) -> Membership:
+    """Meet the other ranks of a generation; returns when all have come. Any thread, beside groups in use.
+
+    At most four groups: flat, rail, node (ranks alike share one) and one for moves. On CUDA their communicators come up
+    at the first exchange, in the order of the calls, so warm them up by plan.
+
+    Args:
+        store: reached by all of them; a connection of its own is opened to it.
+        prefix: of the keys, for example "ep/<incarnation>". Prefix and generation are used once, also after a failure.
+        generation: of these groups.
+        topology: the same on every rank.
+        rank: of this process in it.
+        device: a CPU device meets over gloo, a CUDA device over NCCL.
+        timeout_s: of this meeting and of every later exchange.
+        interface: network interface for gloo, for example "eth0"; None = `GLOO_SOCKET_IFNAME`, else from the host name.
+
+    Raises:
+        ConfigError: the rank is not in the topology, the interface does not exist, or this rank has met under this
+            prefix and generation before.
+        ReplicaLostError: not everybody came in time; names those who did not. Older groups are as before.
+    """
+    if not 0 <= rank < topology.num_ranks:
+        raise ConfigError(f"rank {rank} is outside an expert group of {topology.num_ranks} ranks")
+    own: dict[Hop, dist.ProcessGroup] = {}
+    if topology.num_ranks == 1:
+        return Membership(generation, topology, rank, TorchTransport(topology, rank, own), Mover(rank, None), [])
+    deadline = time.monotonic() + timeout_s
+    make = _nccl(timeout_s) if device.type == "cuda" else _gloo(timeout_s, interface)
+    made: dict[tuple[int, ...], dist.ProcessGroup] = {}
+    where = f"{prefix}/{generation}"
+    try:
+        meeting = PrefixStore(where, store.clone())  # type: ignore[attr-defined]
+        _arrive(meeting, topology.num_ranks, rank, where, deadline)
+        for hop in HOPS:
+            members = peers(topology, rank, hop)
+            if len(members) > 1 and members not in made:
+                made[members] = _group(meeting, f"{hop}{members[0]}", members, rank, device, make)
+            if len(members) > 1:
+                own[hop] = made[members]
+        move = _group(meeting, "move", tuple(range(topology.num_ranks)), rank, device, make)
+    except RuntimeError as error:  # the base of all errors of torch.distributed
+        # The traceback holds this frame, and through it connections that others wait on.
+        made.clear()
+        own.clear()
+        raise ReplicaLostError(f"rank {rank} of {where}: not all groups could be made: {error}") from error
+    abort = [group.abort for group in (*made.values(), move)] if device.type == "cuda" else []
+    return Membership(generation, topology, rank, TorchTransport(topology, rank, own), Mover(rank, move), abort)
+
+
+def _arrive(meeting: Store, num_ranks: int, rank: int, where: str, deadline: float) -> None:
+    """Say that this rank is here, and wait for the others: whoever is missing is known by name before gloo waits."""
+    if meeting.add(f"here/{rank}", 1) > 1:
+        raise ConfigError(f"rank {rank} has met under {where} before; use another prefix or generation")
+    keys = [f"here/{other}" for other in range(num_ranks)]
+    try:
+        meeting.wait(keys, timedelta(seconds=max(0.001, deadline - time.monotonic())))
+    except dist.DistStoreError as error:
+        missing = [other for other, key in enumerate(keys) if not meeting.check([key])]
+        raise ReplicaLostError(f"ranks {missing} of {where} did not come in time; rank {rank} gives up") from error
+
+
+def _nccl(timeout_s: float) -> MakeBackend:
+    options = dist.ProcessGroupNCCL.Options()
+    options._timeout = timedelta(seconds=timeout_s)
+    return lambda store, rank, size: dist.ProcessGroupNCCL(store, rank, size, options)
+
+
+def _gloo(timeout_s: float, interface: str | None) -> MakeBackend:
+    """The groups of one membership share one gloo device, that is one event loop and listening socket."""
+    options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+    options._timeout = timedelta(seconds=timeout_s)
+    # Exchanges of one group follow one another: a second thread per group would only sleep.
+    options._threads = 1
+    try:
+        if interface is None:
+            options._devices = [ProcessGroupGloo.create_default_device()]
+        else:
+            options._devices = [ProcessGroupGloo.create_device(interface=interface)]
+    except RuntimeError as error:
+        raise ConfigError(f"cannot use network interface {interface!r}: {error}; name one of this machine") from error
+    return lambda store, rank, size: ProcessGroupGloo(store, rank, size, options)
+
+
+def _group(
+    meeting: Store, name: str, members: tuple[int, ...], rank: int, device: torch.device, make: MakeBackend
+) -> dist.ProcessGroup:
+    """A process group that works with the functions of torch.distributed without a default group."""
+    store = PrefixStore(name, meeting)
+    here, size = members.index(rank), len(members)
+    kind = dist.ProcessGroup.BackendType.NCCL if device.type == "cuda" else dist.ProcessGroup.BackendType.GLOO
+    group = dist.ProcessGroup(store, here, size)
+    group._register_backend(torch.device(device.type), kind, make(store, here, size))
+    group._set_default_backend(kind)
+    return group
