@@ -25,7 +25,8 @@ def reference(
     Args:
         q: (K, T, G, D), activation dtype, contiguous; from `qkv_prologue`.
         kv: pool (blocks, layers, 2, K, block_size, D); keys and values of the new rows are already in it. Slots that
-            were never written may hold anything, NaN too.
+            were never written may hold anything, NaN too. A pool (blocks, layers, 1, K, block_size, D) holds rows that
+            are key and value at once (latent attention).
         layer: index into the pool's layers.
         meta: the batch, see `AttnMeta`.
         scale: factor of the scores.
@@ -71,7 +72,7 @@ def _gather(kv: Tensor, layer: int, block_tables: Tensor, max_seq_len: int) -> t
     num_blocks = -(-max_seq_len // block_size)
     tiles = kv[block_tables[:, :num_blocks].long(), layer].float()  # (b, block, 2, K, S, D)
     keys_values = tiles.permute(2, 0, 3, 1, 4, 5).flatten(3, 4)
-    return keys_values[0], keys_values[1]
+    return keys_values[0], keys_values[-1]
 
 
 def _softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:
@@ -89,7 +90,7 @@ def _softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:
 
 
 class Problem(NamedTuple):
-    """Static facts of a call: sequences as (context before, new rows), decodes first."""
+    """Static facts of a call: sequences as (context before, new rows), decodes first; `parts` 1 = keys are values."""
 
     seqs: tuple[tuple[int, int], ...]
     num_kv_heads: int
@@ -100,6 +101,7 @@ class Problem(NamedTuple):
     softcap: float | None = None
     sinks: bool = False
     padding: int = 0
+    parts: int = 2
 
 
 def make_inputs(problem: Problem, generator: torch.Generator, dtype: torch.dtype) -> dict[str, Any]:
@@ -110,13 +112,13 @@ def make_inputs(problem: Problem, generator: torch.Generator, dtype: torch.dtype
     blocks_of = [-(-length // p.block_size) for length in seq_lens]
     num_blocks = sum(blocks_of) + 2
     ids = iter((torch.randperm(num_blocks - 1, generator=generator) + 1).tolist())
-    kv = torch.full((num_blocks, 2, 2, p.num_kv_heads, p.block_size, p.head_dim), torch.nan, dtype=dtype)
+    kv = torch.full((num_blocks, 2, p.parts, p.num_kv_heads, p.block_size, p.head_dim), torch.nan, dtype=dtype)
     tables = torch.zeros((len(p.seqs), max(blocks_of, default=0) + 1), dtype=torch.int32)
     for row, length in enumerate(seq_lens):
         for index in range(blocks_of[row]):
             tables[row, index] = block = next(ids)
             used = min(p.block_size, length - index * p.block_size)
-            shape = (2, p.num_kv_heads, used, p.head_dim)
+            shape = (p.parts, p.num_kv_heads, used, p.head_dim)
             kv[block, 1, :, :, :used] = torch.randn(shape, generator=generator).to(dtype)
     meta = AttnMeta(
         cu_seqlens_q=torch.tensor([0, *q_lens]).cumsum(0).int(),
@@ -145,7 +147,7 @@ def cost(problem: Problem, dtype: torch.dtype) -> Cost:
     keys = sum(context + new for context, new in p.seqs)
     rows = sum(new for _, new in p.seqs)
     pairs = sum(new * context + new * (new + 1) // 2 for context, new in p.seqs)
-    elements = 2 * p.num_kv_heads * p.head_dim * (keys + p.group * rows)
+    elements = p.num_kv_heads * p.head_dim * (p.parts * keys + 2 * p.group * rows)
     return Cost(elements * dtype.itemsize, 4 * pairs * p.num_kv_heads * p.group * p.head_dim)
 
 
@@ -169,6 +171,9 @@ OP = Op(
             Problem(MIXED, 2, 4, 32, block_size=64, softcap=3.0),
             Problem(DECODES, 3, 8, 128, block_size=64, sinks=True, window=17, padding=2),
             Problem(((16, 70), (1, 17), (0, 1), (133, 70)), 1, 4, 128, softcap=20.0, window=64, sinks=True),
+            Problem(MIXED, 1, 16, 576, parts=1),
+            Problem(MIXED, 1, 3, 28, padding=2, parts=1),
+            Problem(DECODES, 1, 128, 576, block_size=64, parts=1),
         ),
         "bench": (
             *(Problem(((160, 1),) * batch, 8, 2, 128) for batch in (1, 8, 32)),

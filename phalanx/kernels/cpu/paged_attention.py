@@ -12,7 +12,7 @@ from phalanx.kernels.types import AttnMeta
 
 def load(dtype: torch.dtype) -> Function:
     """Bind the C function for a dtype."""
-    argtypes = (*(c_void_p,) * 7, *(c_long,) * 3, *(c_int,) * 6, c_float, c_float, c_int, c_int)
+    argtypes = (*(c_void_p,) * 7, *(c_long,) * 3, *(c_int,) * 7, c_float, c_float, c_int, c_int)
     call = library.function(f"paged_attention_{library.SUFFIX[dtype]}", argtypes)
 
     def paged_attention(
@@ -32,7 +32,8 @@ def load(dtype: torch.dtype) -> Function:
         call(
             *(q.data_ptr(), kv.data_ptr(), out.data_ptr(), None if sinks is None else sinks.data_ptr()),
             *(meta.cu_seqlens_q.data_ptr(), meta.seq_lens.data_ptr(), meta.block_tables.data_ptr()),
-            *(num_seqs, table_width, num_tokens, num_kv_heads, group, head_dim, kv.shape[4], kv.shape[1], layer),
+            *(num_seqs, table_width, num_tokens, num_kv_heads, group, head_dim),
+            *(kv.shape[4], kv.shape[1], kv.shape[2], layer),
             *(scale, softcap or 0.0, window or 0, get_num_threads()),
         )
         return out

@@ -25,7 +25,7 @@ struct Batch {
 };
 
 struct Shape {
-    int kv_heads, group, dim, block_size, layers, layer;
+    int kv_heads, group, dim, block_size, layers, parts, layer;  // parts: 2 = key and value, 1 = one row is both
     float scale, softcap;  // softcap 0 = off
     int window;            // 0 = off
 };
@@ -86,13 +86,15 @@ struct Attention {
 
     // An unwritten slot may hold NaN, and a window's blocks may be gone: only keys that some row sees are pointed at.
     void point_at(Tile<T>& tile, const Scratch<T>& s, const Item& item, int head, int start) const {
-        const long head_size = (long)shape.block_size * shape.dim, to_value = shape.kv_heads * head_size;
+        const long head_size = (long)shape.block_size * shape.dim;
+        const long to_value = (shape.parts - 1) * shape.kv_heads * head_size;
         const int last = std::min(start + TILE, item.last);
         std::fill_n(tile.k, TILE, s.zeros);
         std::fill_n(tile.v, TILE, s.zeros);
         for (int key = std::max(start, item.first); key < last;) {
             const int index = key / shape.block_size, offset = key - index * shape.block_size;
-            const long head_row = ((long)item.table[index] * shape.layers + shape.layer) * 2 * shape.kv_heads + head;
+            const long tile_of = ((long)item.table[index] * shape.layers + shape.layer) * shape.parts;
+            const long head_row = tile_of * shape.kv_heads + head;
             const T* k = kv + head_row * head_size + (long)offset * shape.dim;
             for (const int end = std::min(key + shape.block_size - offset, last); key < end; ++key, k += shape.dim)
                 tile.k[key - start] = k, tile.v[key - start] = k + to_value;
@@ -269,9 +271,9 @@ struct Attention {
     PHALANX_API void paged_attention_##SUFFIX(                                                                         \
         const T* q, const T* kv, T* out, const float* sinks, const int* cu_seqlens_q, const int* seq_lens,             \
         const int* block_tables, long num_seqs, long table_width, long tokens, int kv_heads, int group, int dim,       \
-        int block_size, int layers, int layer, float scale, float softcap, int window, int threads) {                  \
+        int block_size, int layers, int parts, int layer, float scale, float softcap, int window, int threads) {       \
         Batch batch{cu_seqlens_q, seq_lens, block_tables, num_seqs, table_width, tokens};                              \
-        Shape shape{kv_heads, group, dim, block_size, layers, layer, scale, softcap, window};                          \
+        Shape shape{kv_heads, group, dim, block_size, layers, parts, layer, scale, softcap, window};                   \
         Attention<T>{q, kv, out, sinks, batch, shape}.run(threads);                                                    \
     }
 EXPORT(float, fp32)

@@ -1,5 +1,5 @@
 // add_rms_norm and act_mul: one pass over memory, one row at a time.
-#include "vec.h"
+#include "activation.h"
 
 #include <cmath>
 
@@ -37,11 +37,6 @@ void add_rms_norm(const T* x, const T* residual, const float* weight, T* y, T* s
                  eps);
     }
 }
-
-INLINE vec silu(vec x) { return x / (1.0f + exp(-x)); }
-
-// x/2 (1 + tanh(u)) is x / (1 + e^-2u).
-INLINE vec gelu_tanh(vec x) { return x / (1.0f + exp(-1.5957691216f * (x + 0.044715f * x * x * x))); }
 
 template <class T, class Activation>
 void act_mul(const T* gate_up, T* out, long rows, long width, int threads, Activation activation) {

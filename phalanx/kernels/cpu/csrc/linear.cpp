@@ -1,36 +1,21 @@
-// linear: y = x w^T + bias, with the weight packed in panels of 48 outputs: [panel][word of k][48].
-//
-// An output is one chain of multiply-adds over k that never leaves its register, so its bits depend neither on the
-// number of rows nor on the threads. A panel is read from memory once and serves all rows from the L2 cache, while the
-// next one is fetched.
-#include "vec.h"
+// linear: y = x w^T + bias, with the weight packed in panels of 48 outputs (panel.h).
+#include "panel.h"
 
-#include <algorithm>
 #include <atomic>
 
 namespace {
 
 constexpr int VECTORS = 3, PANEL = VECTORS * LANES;
-constexpr int ROWS = 8;           // 8 rows x 3 vectors of outputs in registers
-constexpr int BLOCK_ROWS = 192;   // rows of a work item, where there are too few panels for the threads
-constexpr int PREFETCH_FROM = 4;  // rows; below, the panels are read so fast that the hardware runs ahead by itself
+constexpr int ROWS = 8;          // 8 rows x 3 vectors of outputs in registers
+constexpr int BLOCK_ROWS = 192;  // rows of a work item, where there are too few panels for the threads
 
-// R rows of one panel; in the meantime `lines` cache lines per word are fetched from `ahead` on.
 template <class T, int R, int V>
 void panel_rows(const T* x, const float* panel, const float* bias, T* y, long k, long n, int columns,
                 const float* ahead, int lines) {
     vec acc[R][V] = {};
-    const float* row[R];
-    UNROLL for (int r = 0; r < R; ++r) row[r] = (const float*)(x + r * k);
-    for (long w = 0; w < words<T>(k); ++w) {
-        for (int i = 0; i < lines; ++i) __builtin_prefetch(ahead + (w * lines + i) * LANES);
-        vec weight[V];
-        UNROLL for (int v = 0; v < V; ++v) weight[v] = load(panel + w * PANEL + v * LANES);
-        UNROLL for (int r = 0; r < R; ++r) {
-            const vec value = broadcast(row[r][w]);
-            UNROLL for (int v = 0; v < V; ++v) acc[r][v] = dot_word(acc[r][v], value, weight[v], (const T*)nullptr);
-        }
-    }
+    const T* row[R];
+    UNROLL for (int r = 0; r < R; ++r) row[r] = x + r * k;
+    multiply<T, R, V, PANEL>(acc, row, panel, words<T>(k), ahead, lines);
     UNROLL for (int v = 0; v < V; ++v) {
         const int left = columns - v * LANES;
         const vec b = bias ? load_part(bias + v * LANES, left) : vec{};
@@ -38,22 +23,16 @@ void panel_rows(const T* x, const float* panel, const float* bias, T* y, long k,
     }
 }
 
-// Rows [first, last) of one panel, in groups as even as possible; the groups share the fetching of `ahead`.
+// Rows [first, last) of one panel.
 template <class T>
 void panel_block(const T* x, const float* panel, const float* bias, T* y, long k, long n, int columns,
                  const float* ahead, long first, long last) {
-    const long groups = ceil_div(last - first, ROWS), parts = std::min<long>(groups, VECTORS);
-    for (long g = 0; g < groups; ++g) {
-        const long from = first + (last - first) * g / groups, to = first + (last - first) * (g + 1) / groups;
-        const long skip = VECTORS * g / parts;
-        const int lines = ahead && g < parts && last - first >= PREFETCH_FROM ? VECTORS * (g + 1) / parts - skip : 0;
-        with_int<ROWS>(to - from, [&](auto rows) {
-            with_int<VECTORS>(ceil_div(columns, LANES), [&](auto vectors) {
-                panel_rows<T, rows.value, vectors.value>(x + from * k, panel, bias, y + from * n, k, n, columns,
-                                                         ahead + skip * words<T>(k) * LANES, lines);
-            });
+    in_groups<ROWS>(first, last, words<T>(k), VECTORS, ahead, [&](auto rows, long from, const float* fetch, int lines) {
+        with_int<VECTORS>(ceil_div(columns, LANES), [&](auto vectors) {
+            panel_rows<T, rows.value, vectors.value>(x + from * k, panel, bias, y + from * n, k, n, columns, fetch,
+                                                     lines);
         });
-    }
+    });
 }
 
 template <class T>
@@ -80,15 +59,10 @@ void pack_linear(const T* weight, float* packed, long n, long k, int threads) {
     const long panels = ceil_div(n, PANEL), num_words = words<T>(k);
 #pragma omp parallel for num_threads(threads)
     for (long panel = 0; panel < panels; ++panel)
-        for (long c = 0; c < PANEL; ++c) {
-            float* to = packed + panel * num_words * PANEL + c;
+        pack_panel<T>(packed + panel * num_words * PANEL, num_words, PANEL, [&](int c) {
             const long output = panel * PANEL + c;
-            for (long w = 0; w < num_words; ++w)
-                if (output < n)
-                    memcpy(to + w * PANEL, (const char*)(weight + output * k) + 4 * w, 4);
-                else
-                    to[w * PANEL] = 0;
-        }
+            return output < n ? weight + output * k : nullptr;
+        });
 }
 
 }  // namespace

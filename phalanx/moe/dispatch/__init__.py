@@ -1,0 +1,1 @@
+"""Ways tokens travel to their experts and back; one file per kind."""

@@ -1,0 +1,1 @@
+"""Which physical slot holds which logical expert; one policy per file, pure."""

@@ -1,0 +1,47 @@
+"""Experts in slot order, wrapping around: the placement at start, before any load is known."""
+
+from collections.abc import Sequence
+
+from phalanx.moe.placement.types import LayerPlacement, Load, Placement, check_room
+from phalanx.parallel.topology import EpTopology
+
+
+def place(
+    load_LE: Sequence[Load],
+    topology: EpTopology,
+    previous: Placement | None = None,
+    *,
+    slots_per_rank: int,
+    budget: float = 1.0,
+) -> Placement:
+    """Slot p holds expert `p mod E`.
+
+    A rank's s <= E consecutive slots are s different experts, so there is never a duplicate.
+
+    Args:
+        load_LE: only the number of experts of each layer counts.
+        topology: the P ranks.
+        previous: gives the versions only.
+        budget: not used.
+        slots_per_rank: s; P * s >= E and s <= E in every layer.
+
+    Raises:
+        ConfigError: too few slots for the experts, or too many on a rank.
+    """
+    return linear([len(load_E) for load_E in load_LE], topology.num_ranks, slots_per_rank, previous)
+
+
+def linear(
+    num_experts: Sequence[int], num_ranks: int, slots_per_rank: int, previous: Placement | None = None
+) -> Placement:
+    """`place` from the number of experts of each layer.
+
+    Raises:
+        ConfigError: too few slots for the experts, or too many on a rank.
+    """
+    layers = []
+    for index, experts in enumerate(num_experts):
+        check_room(experts, num_ranks, slots_per_rank)
+        version = previous.layers[index].version + 1 if previous else 0
+        layers.append(LayerPlacement(version, tuple(slot % experts for slot in range(num_ranks * slots_per_rank))))
+    return Placement(slots_per_rank, tuple(layers))

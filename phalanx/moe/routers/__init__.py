@@ -1,0 +1,1 @@
+"""Routers: from logits to experts, weights and drops."""
