@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from phalanx.kernels.types import AttnMeta
+from phalanx.moe.group import EpStep
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +19,7 @@ class ForwardBatch:
         meta: [S] lengths, block tables and the host-known maxima.
         sample_rows: [N] int64, rows whose logits are needed, in order. Only the last stage reads it.
         num_tokens: T as a host integer; 0 is legal (a dp rank without work still takes part).
+        ep: what mixture-of-experts layers must know; may be None where the expert group is one rank.
     """
 
     token_ids: Tensor
@@ -26,3 +28,4 @@ class ForwardBatch:
     meta: AttnMeta
     sample_rows: Tensor
     num_tokens: int
+    ep: EpStep | None = None

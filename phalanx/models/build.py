@@ -9,6 +9,7 @@ from torch import Tensor
 from phalanx.kernels.registry import bind
 from phalanx.models.rope import cos_sin_table
 from phalanx.models.spec import RopeSpec
+from phalanx.moe.group import ExpertGroup
 from phalanx.parallel.mesh import Mesh
 
 
@@ -39,6 +40,7 @@ class BuildContext:
         dtype: of weights and activations.
         max_model_len: positions the rope tables cover.
         choose: kernel name -> implementation name.
+        experts: this rank's place in the expert group of the stage; None = there are no experts.
     """
 
     def __init__(
@@ -50,8 +52,10 @@ class BuildContext:
         dtype: torch.dtype,
         max_model_len: int,
         choose: Mapping[str, str],
+        experts: ExpertGroup | None = None,
     ) -> None:
         self.mesh = mesh
+        self.experts = experts
         self.hidden_size = hidden_size
         self.device = device
         self.max_model_len = max_model_len

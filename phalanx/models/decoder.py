@@ -10,12 +10,17 @@ import torch
 from torch import Tensor
 
 from phalanx.errors import ConfigError
+from phalanx.kernels.experts import Experts
 from phalanx.models.attention import Attention
 from phalanx.models.batch import ForwardBatch
 from phalanx.models.build import BuildContext
+from phalanx.models.mla import MlaAttention
 from phalanx.models.mlp import Mlp
-from phalanx.models.sizes import kv_heads_and_dim
-from phalanx.models.spec import DecoderConfig, LayerSpec
+from phalanx.models.moe import MoeBlock, alone
+from phalanx.models.sizes import kv_tile
+from phalanx.models.spec import DecoderConfig, LayerSpec, MlaSpec
+from phalanx.moe.group import ExpertGroup
+from phalanx.moe.spec import MoeSpec
 from phalanx.parallel.embedding import VocabParallelEmbedding, VocabParallelHead, vocabulary_rows
 from phalanx.parallel.mesh import Mesh
 from phalanx.parallel.parameter import Parameter, replicated
@@ -48,15 +53,24 @@ class DecoderLayer:
     Args:
         spec: of this layer.
         layer: index into the pool's layers.
+        moe_layer: index among the mixture-of-experts layers of the stage; matters only if this is one.
         context: what all parts of a decoder share.
     """
 
-    def __init__(self, spec: LayerSpec, layer: int, context: BuildContext) -> None:
+    def __init__(self, spec: LayerSpec, layer: int, moe_layer: int, context: BuildContext) -> None:
         norms = spec.norms
         places = ("attn_in", "attn_out", "mlp_in", "mlp_out")
         self.norms = {name: Norm(norms.eps, norms.unit_offset, context) for name in places if getattr(norms, name)}
-        self.attention = Attention(spec.attention, norms, layer, context)
-        self.mlp = Mlp(spec.mlp, context)
+        self.attention: Attention | MlaAttention
+        if isinstance(spec.attention, MlaSpec):
+            self.attention = MlaAttention(spec.attention, layer, context)
+        else:
+            self.attention = Attention(spec.attention, norms, layer, context)
+        self.mlp: Mlp | MoeBlock
+        if isinstance(spec.mlp, MoeSpec):
+            self.mlp = MoeBlock(spec.mlp, moe_layer, context)
+        else:
+            self.mlp = Mlp(spec.mlp, context)
 
     def parameters(self) -> dict[str, Parameter]:
         """What the checkpoint must fill."""
@@ -74,7 +88,7 @@ class DecoderLayer:
         y, stream = self._enter("attn_in", x, residual)
         x = self._leave("attn_out", self.attention(y, batch, kv))
         y, stream = self._enter("mlp_in", x, stream)
-        return self._leave("mlp_out", self.mlp(y)), stream
+        return self._leave("mlp_out", self.mlp(y, batch)), stream
 
     def _enter(self, place: str, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
         """The block's input, and the stream it will be added to."""
@@ -103,9 +117,12 @@ class Decoder:
         layer_range: this stage's layers [start, stop).
         max_model_len: longest sequence, tokens.
         choose: kernel name -> implementation name; absent = the best that supports the device.
+        experts: this rank's place in the expert group of its stage; None = there are no experts, or the stage is one
+            rank, which then holds all of them.
 
     Raises:
-        ConfigError: the tensor axis does not divide the model, or `max_model_len` is out of reach.
+        ConfigError: the tensor axis does not divide the model, `max_model_len` is out of reach, or experts have to be
+            spread over several ranks and no group says how.
     """
 
     def __init__(
@@ -118,10 +135,12 @@ class Decoder:
         layer_range: tuple[int, int],
         max_model_len: int,
         choose: Mapping[str, str] | None = None,
+        experts: ExpertGroup | None = None,
     ) -> None:
         start, stop = layer_range
         if not 0 <= start < stop <= len(config.layers):
             raise ConfigError(f"layer range [{start}, {stop}) is not part of a model of {len(config.layers)} layers")
+        moe_specs = config.moe_specs(layer_range)
         context = BuildContext(
             mesh,
             config.hidden_size,
@@ -129,13 +148,18 @@ class Decoder:
             dtype=dtype,
             max_model_len=max_model_len,
             choose=choose or {},
+            experts=experts or (alone(moe_specs, mesh, device) if moe_specs else None),
         )
         self.config = config
         self.layer_range = layer_range
         self.is_first = start == 0
         self.is_last = stop == len(config.layers)
-        self._kv_heads, self._head_dim = kv_heads_and_dim(config, mesh.tp.size, layer_range)
-        self.layers = [DecoderLayer(config.layers[start + i], i, context) for i in range(stop - start)]
+        self._kv_tile = kv_tile(config, mesh.tp.size, layer_range)
+        self.layers = [
+            DecoderLayer(spec, i, len(config.moe_specs((start, start + i))), context)
+            for i, spec in enumerate(config.layers[start:stop])
+        ]
+        self._moe_blocks = [layer.mlp for layer in self.layers if isinstance(layer.mlp, MoeBlock)]
         self.embedding: VocabParallelEmbedding | None = None
         self.norm: Norm | None = None
         self.head: VocabParallelHead | None = None
@@ -173,8 +197,22 @@ class Decoder:
             self.head.finalize()
 
     def kv_shape(self, num_blocks: int, block_size: int) -> tuple[int, int, int, int, int, int]:
-        """Shape of this rank's KV pool: (blocks, layers of the stage, 2, local kv heads, block size, head dim)."""
-        return (num_blocks, len(self.layers), 2, self._kv_heads, block_size, self._head_dim)
+        """Shape of this rank's KV pool: (blocks, layers of the stage, 2, local kv heads, block size, head dim).
+
+        Latent attention holds one row per token, which is key and value: (blocks, layers, 1, 1, block size, width).
+        """
+        parts, kv_heads, head_dim = self._kv_tile
+        return (num_blocks, len(self.layers), parts, kv_heads, block_size, head_dim)
+
+    @property
+    def experts(self) -> list[Experts]:
+        """This rank's slots of each mixture-of-experts layer of the stage, in order; after `finalize`."""
+        return [block.experts for block in self._moe_blocks]
+
+    def take_num_dropped(self) -> int:
+        """Choices dropped by a capacity limit since the last call, all layers together; waits for the device."""
+        dropped = [block.take_num_dropped() for block in self._moe_blocks]
+        return int(torch.stack(dropped).sum()) if dropped else 0
 
     def forward(self, batch: ForwardBatch, kv: Tensor, hidden_states: Tensor | None = None) -> Tensor:
         """Run this stage over T tokens; T = 0 and N = 0 are legal.

@@ -20,17 +20,18 @@ FAMILY = ("decoder_config", "locate", "TINY")
 
 ACTIVATIONS: Mapping[str, Activation] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 DTYPES = ("float32", "bfloat16", "float16")
+EMBEDDED = ("tiny", "tiny-moe")
 MAX_JSON_BYTES = 64 << 20
 _REQUIRED = object()
 
 
 def resolve_path(path: str) -> Path:
-    """The folder of a checkpoint; the name `tiny` means the model that comes with the package.
+    """The folder of a checkpoint; the names in `EMBEDDED` mean the models that come with the package.
 
     Raises:
         CheckpointError: there is no such folder.
     """
-    folder = Path(__file__).parents[1] / "assets" / "tiny" if path == "tiny" else Path(path).expanduser()
+    folder = Path(__file__).parents[1] / "assets" / path if path in EMBEDDED else Path(path).expanduser()
     if not folder.is_dir():
         raise CheckpointError(f"model.path {path!r} is not a folder; give a folder with config.json and *.safetensors")
     return folder
@@ -182,7 +183,7 @@ def read_rope(
     Raises:
         CheckpointError: the kind of scaling is not supported, or a parameter of it is missing.
     """
-    rope = dict(parameters if parameters is not None else _rope_parameters(hf))
+    rope = dict(parameters if parameters is not None else rope_parameters(hf))
     theta = number(rope, "rope_theta", hf.get("rope_theta") or default_theta)
     factor = rope.get("partial_rotary_factor", hf.get("partial_rotary_factor"))
     if factor not in (None, 1.0) and not partial:
@@ -258,7 +259,8 @@ def _field(hf: Mapping[str, Any], field: str, default: Any) -> Any:
     return value
 
 
-def _rope_parameters(hf: Mapping[str, Any]) -> Mapping[str, Any]:
+def rope_parameters(hf: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The rope parameters of either spelling, empty if there are none."""
     field = "rope_scaling" if hf.get("rope_scaling") else "rope_parameters"
     rope = hf.get(field) or {}
     if not isinstance(rope, Mapping) or any(isinstance(value, Mapping) for value in rope.values()):
@@ -269,10 +271,10 @@ def _rope_parameters(hf: Mapping[str, Any]) -> Mapping[str, Any]:
 def _yarn(rope: Mapping[str, Any], theta: float, rotary_dim: int, original: int, max_position: int) -> RopeSpec:
     """Source: YaRN (arXiv:2309.00071) sec. 3.4; the mscale pair is DeepSeek's."""
     factor = number(rope, "factor", max_position / original)
-    mscale, mscale_all = optional_number(rope, "mscale"), optional_number(rope, "mscale_all_dim")
-    attention_factor = _mscale(factor)
-    if mscale and mscale_all:
-        attention_factor = _mscale(factor, mscale) / _mscale(factor, mscale_all)
+    weight, weight_all = optional_number(rope, "mscale"), optional_number(rope, "mscale_all_dim")
+    attention_factor = mscale(factor)
+    if weight and weight_all:
+        attention_factor = mscale(factor, weight) / mscale(factor, weight_all)
     return RopeSpec(
         theta=theta,
         rotary_dim=rotary_dim,
@@ -286,5 +288,6 @@ def _yarn(rope: Mapping[str, Any], theta: float, rotary_dim: int, original: int,
     )
 
 
-def _mscale(factor: float, mscale: float = 1.0) -> float:
-    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+def mscale(factor: float, weight: float = 1.0) -> float:
+    """YaRN's correction of the scores for a context `factor` times as long; `weight` is DeepSeek's."""
+    return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0

@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from phalanx.models.batch import ForwardBatch
 from phalanx.models.build import BuildContext
 from phalanx.models.spec import MlpSpec
 from phalanx.parallel.linear import ColumnParallelLinear, RowParallelLinear
@@ -37,6 +38,6 @@ class Mlp:
         self._gate_up_proj.finalize()
         self._down_proj.finalize()
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """Map (T, hidden) to (T, hidden)."""
+    def __call__(self, x: Tensor, batch: ForwardBatch | None = None) -> Tensor:
+        """Map (T, hidden) to (T, hidden); every row by itself, whatever the batch."""
         return self._down_proj(self._act_mul(self._gate_up_proj(x), self._activation))

@@ -3,8 +3,10 @@
 The decoder never tests a model name; every difference between families is a value below.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
+
+from phalanx.moe.spec import CapacitySpec, MoeSpec
 
 Activation = Literal["silu", "gelu_tanh"]
 QKNorm = Literal["none", "head", "full"]
@@ -62,6 +64,32 @@ class AttentionSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MlaSpec:
+    """Multi-head latent attention of one layer (DeepSeek-V2, arXiv:2405.04434 sec. 2.1).
+
+    The pool holds one latent row of `kv_lora_rank + rope_dim` channels per token, shared by all heads and used as key
+    and as value, so its tile has no separate value half.
+
+    Attributes:
+        num_heads: global, before tensor parallelism.
+        q_lora_rank: width of the query's own latent; None = a plain query projection.
+        kv_lora_rank: width of the latent of keys and values.
+        nope_dim, rope_dim, value_dim: channels of a head without and with rotation, and of its value.
+        scale: factor of the scores.
+    """
+
+    num_heads: int
+    q_lora_rank: int | None
+    kv_lora_rank: int
+    nope_dim: int
+    rope_dim: int
+    value_dim: int
+    scale: float
+    rope: RopeSpec
+    bias: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MlpSpec:
     """Gated feed-forward: `down(act(gate(x)) * up(x))`."""
 
@@ -89,8 +117,8 @@ class NormSpec:
 class LayerSpec:
     """One decoder layer."""
 
-    attention: AttentionSpec
-    mlp: MlpSpec
+    attention: AttentionSpec | MlaSpec
+    mlp: MlpSpec | MoeSpec
     norms: NormSpec
 
 
@@ -106,6 +134,7 @@ class DecoderConfig:
         tied_head: the head is the embedding matrix.
         dtype: the checkpoint's own dtype name: "float32", "bfloat16", "float16".
         eos_token_ids: ids that end a sequence unless the request says `ignore_eos`.
+        num_extra_layers: layers the checkpoint may hold past the last one (multi-token prediction); they are not read.
     """
 
     model_type: str
@@ -120,3 +149,21 @@ class DecoderConfig:
     logit_softcap: float | None = None
     dtype: str = "bfloat16"
     eos_token_ids: tuple[int, ...] = ()
+    num_extra_layers: int = 0
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """Indices of the layers whose feed-forward is a mixture of experts."""
+        return tuple(index for index, layer in enumerate(self.layers) if isinstance(layer.mlp, MoeSpec))
+
+    def moe_specs(self, layer_range: tuple[int, int]) -> tuple[MoeSpec, ...]:
+        """The mixture-of-experts blocks of a stage's layers [start, stop), in order."""
+        return tuple(layer.mlp for layer in self.layers[slice(*layer_range)] if isinstance(layer.mlp, MoeSpec))
+
+    def limited(self, capacity: CapacitySpec | None) -> "DecoderConfig":
+        """The same decoder whose experts take no more tokens than `capacity` allows; None = dropless, as it is."""
+        layers = [
+            replace(layer, mlp=replace(layer.mlp, capacity=capacity)) if isinstance(layer.mlp, MoeSpec) else layer
+            for layer in self.layers
+        ]
+        return replace(self, layers=tuple(layers))

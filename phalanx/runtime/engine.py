@@ -5,6 +5,9 @@ from array import array
 from phalanx.runtime.engine_config import EngineConfig
 from phalanx.runtime.executor.executor import Executor, HasFileno
 from phalanx.runtime.frames import Abort, FinishReason, Place, TokenRow
+from phalanx.runtime.plan import StepResult
+from phalanx.runtime.replica_mesh import Rearrange, ReplicaMesh
+from phalanx.runtime.scaling import ScaleOp
 from phalanx.runtime.scheduler import Scheduler
 from phalanx.runtime.sequence import FINISHED, Sequence
 
@@ -15,11 +18,14 @@ class Engine:
     Args:
         config: what the ranks run.
         executor: the ranks, up already.
+        store: address of the rendezvous store, for ranks that come later.
+        interface: network interface of their collectives.
     """
 
-    def __init__(self, config: EngineConfig, executor: Executor) -> None:
+    def __init__(self, config: EngineConfig, executor: Executor, store: str = "", interface: str = "") -> None:
         self.config, self.executor = config, executor
         self.scheduler = Scheduler(config.scheduler, config.kv, prefix_cache=config.prefix_cache)
+        self.mesh = ReplicaMesh(config, executor, store, interface, self._rearrange)
         self._root = config.kv_root
         self._eos = frozenset(config.model.eos_token_ids)
         self._jobs: dict[str, list[Sequence]] = {}
@@ -73,28 +79,42 @@ class Engine:
         self._forget(frame.job)
 
     def step(
-        self, timeout_s: float = 0.0, *, prove_alive: bool = False, wake: HasFileno | None = None
+        self, timeout_s: float = 0.0, *, now: float = 0.0, prove_alive: bool = False, wake: HasFileno | None = None
     ) -> list[TokenRow]:
         """Plan and send what may be sent, then take what has arrived.
 
         Args:
             timeout_s: longest wait for a result.
+            now: seconds of a clock that never goes back; deadlines of scaling count by it.
             wake: something with a `fileno` whose readability ends the wait.
             prove_alive: when idle, run an empty step: its result shows that every rank answers.
 
         Raises:
             ReplicaLostError: a rank is gone; the replica is over.
         """
-        while (plan := self.scheduler.schedule(allow_empty=prove_alive)) is not None:
-            self.executor.submit(plan)
+        self.mesh.tick(self.scheduler.num_in_flight, now)
+        prove_alive = prove_alive or (self.mesh.is_busy and not self.scheduler.num_in_flight)
+        while not self.mesh.holds and (plan := self.scheduler.schedule(allow_empty=prove_alive)) is not None:
+            self.executor.submit(self.mesh.stamp(plan))
             prove_alive = False
         rows, self._settled = self._settled, []
-        for result in self.executor.poll(0.0 if rows else timeout_s, wake):
-            rows += self.scheduler.apply(result)
+        for event in self.executor.poll(0.0 if rows else timeout_s, wake):
+            if not isinstance(event, StepResult):
+                self.mesh.handle(event, now)
+            elif event.generation == self.mesh.generation:  # else of a step that a lost rank has ended
+                rows += self.scheduler.apply(event)
         for row in rows:
             if row.finish is not None:
                 self._forget(row.job)
         return rows
+
+    def scale(self, op_id: str, data: int, now: float) -> ScaleOp:
+        """Begin to change the number of dp ranks; `step` carries it on. The same id is the same operation.
+
+        Raises:
+            ConfigError: it cannot be, or another operation is running.
+        """
+        return self.mesh.scale(op_id, data, now)
 
     @property
     def limit(self) -> int:
@@ -108,6 +128,10 @@ class Engine:
             for domain in self.scheduler.domains:
                 assert domain.cache.num_free == self.config.kv.num_blocks - 1, "an idle pool is free"
                 assert len(domain.free_slots) == self.config.max_sequences, "an idle table is free"
+
+    def _rearrange(self, change: Rearrange) -> tuple[int, int]:
+        self.scheduler.rearrange(change.keep, reset=change.reset)
+        return self.scheduler.step, self.scheduler.digest
 
     def _enqueue(self, seq: Sequence) -> None:
         # A resumed choice may have been complete when its replica died, the finish alone was lost.

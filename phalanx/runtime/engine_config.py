@@ -1,12 +1,16 @@
 """A resolved engine: nothing in it is "auto", equal on every rank of the replica."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from phalanx.models.spec import DecoderConfig
-from phalanx.parallel.mesh import MeshShape
+from phalanx.moe.placement.linear import linear
+from phalanx.moe.placement.types import LayerPlacement
+from phalanx.parallel.mesh import Coordinate, MeshShape
+from phalanx.runtime.expert_config import ExpertConfig
 from phalanx.runtime.kv.hashing import root_hash
 from phalanx.runtime.kv.spec import KVSpec
-from phalanx.runtime.rank_spec import RankSpec
+from phalanx.runtime.rank_spec import ExpertOrders, RankSpec
 from phalanx.runtime.scheduler import SchedulerConfig
 
 
@@ -25,6 +29,7 @@ class EngineConfig:
         max_batch_tokens, max_sequences: per step and dp rank.
         num_threads: CPU threads per rank; 0 = torch's choice.
         kernels: op name -> implementation name.
+        experts: None for a dense model.
         digest: names this plan; ranks and replicas with another one are refused.
     """
 
@@ -40,6 +45,7 @@ class EngineConfig:
     max_sequences: int = 256
     num_threads: int = 0
     kernels: dict[str, str] = field(default_factory=dict)
+    experts: ExpertConfig | None = None
     digest: str = ""
 
     @property
@@ -76,28 +82,75 @@ class EngineConfig:
             }
         )
 
-    def rank_specs(self, store: str, interface: str = "") -> list[RankSpec]:
-        """Orders for every rank, by rank; `store` is the rendezvous address, "" for one rank."""
-        return [
-            RankSpec(
-                rank=rank,
-                pp=self.shape.pp,
-                dp=self.shape.dp,
-                tp=self.shape.tp,
-                store=store,
-                model_path=self.model_path,
-                device=self.device,
-                dtype=self.dtype,
-                stage_layers=list(self.stage_layers),
-                block_size=self.kv.block_size,
-                num_blocks=self.kv.num_blocks,
-                max_model_len=self.kv.max_model_len,
-                max_sequences=self.max_sequences,
-                max_batch_tokens=self.max_batch_tokens,
-                num_threads=self.num_threads,
-                choose=self.kernels,
-                interface=interface,
-                digest=self.digest,
-            )
-            for rank in range(self.shape.world_size)
-        ]
+    def initial_placements(self) -> tuple[LayerPlacement, ...]:
+        """Of every MoE layer, before any load is known; empty for a dense model."""
+        if self.experts is None:
+            return ()
+        group_size = self.shape.dp * self.shape.tp
+        return linear(self.experts.num_experts, group_size, self.experts.slots_per_rank).layers
+
+    def rank_specs(self, store: str, nodes: Sequence[str], interface: str = "") -> list[RankSpec]:
+        """Orders for every rank, by rank.
+
+        Args:
+            store: the rendezvous address, "" for one rank.
+            nodes: name of the node of each rank.
+            interface: of collectives; "" = found from the host name.
+        """
+        specs, placements = [], self.initial_placements()
+        for rank in range(self.shape.world_size):
+            place = self.shape.coordinate(rank)
+            group = [self.shape.rank(place.pp, dp, tp) for dp in range(self.shape.dp) for tp in range(self.shape.tp)]
+            orders = self.expert_orders(place.pp, [nodes[member] for member in group], placements)
+            specs.append(self.rank_spec(rank, place.dp, place, store, interface, orders))
+        return specs
+
+    def expert_orders(
+        self, stage: int, nodes: Sequence[str], placements: Sequence[LayerPlacement], generation: int = 0
+    ) -> ExpertOrders | None:
+        """What the ranks of a stage are told about their expert group; later generations are joined by `Prepare`."""
+        experts = self.experts
+        if experts is None:
+            return None
+        return ExpertOrders(
+            generation=generation,
+            nodes=experts.node_names(nodes),
+            placements=[list(placements[layer].physical_to_logical) for layer in experts.layers_of(stage)],
+            slots_per_rank=experts.slots_per_rank,
+            exact=experts.exact,
+            staging_rows=experts.staging_rows,
+            joins_later=generation > 0,
+            outlives_peers=experts.on_rank_loss == "shrink",
+            calibrate=experts.dispatch == "auto" and generation == 0,
+            capacity=experts.capacity,
+        )
+
+    def rank_spec(
+        self, rank: int, unit: int, place: Coordinate, store: str, interface: str, experts: ExpertOrders | None
+    ) -> RankSpec:
+        """Orders for one rank at a place of the mesh, which may lie beyond `shape.dp`."""
+        return RankSpec(
+            rank=rank,
+            unit=unit,
+            pp=self.shape.pp,
+            dp=max(self.shape.dp, place.dp + 1),
+            tp=self.shape.tp,
+            pp_rank=place.pp,
+            dp_rank=place.dp,
+            tp_rank=place.tp,
+            store=store,
+            model_path=self.model_path,
+            device=self.device,
+            dtype=self.dtype,
+            stage_layers=list(self.stage_layers),
+            block_size=self.kv.block_size,
+            num_blocks=self.kv.num_blocks,
+            max_model_len=self.kv.max_model_len,
+            max_sequences=self.max_sequences,
+            max_batch_tokens=self.max_batch_tokens,
+            num_threads=self.num_threads,
+            choose=self.kernels,
+            interface=interface,
+            digest=self.digest,
+            experts=experts,
+        )

@@ -1,6 +1,7 @@
 """Offline inference: the engine and ranks of a deployment without Ray and gRPC."""
 
 import random
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -98,6 +99,7 @@ class LLM:
         scheduler: max_batch_tokens, max_sequences, max_model_len.
         kv: num_blocks, block_size, prefix_cache, gpu_fraction.
         workers: threads (CPU threads per rank).
+        moe: dispatch, exact, redundant_experts, node_size, on_rank_loss, rebalance, capacity.
         kernels: op name -> implementation name.
 
     Raises:
@@ -119,6 +121,7 @@ class LLM:
         scheduler: Mapping[str, Any] | None = None,
         kv: Mapping[str, Any] | None = None,
         workers: Mapping[str, Any] | None = None,
+        moe: Mapping[str, Any] | None = None,
         kernels: Mapping[str, str] | None = None,
     ) -> None:
         folder = resolve_path(path)
@@ -133,6 +136,7 @@ class LLM:
             scheduler=scheduler or {},
             kv=kv or {},
             workers=workers or {},
+            moe=moe or {},
             kernels=kernels or {},
         )
         self.tokenizer = Tokenizer.from_folder(folder)
@@ -140,8 +144,10 @@ class LLM:
         self._jobs: dict[str, _Job] = {}
         self._count = 0
         self._ended = ""
-        self._store: object = None
-        self.engine = Engine(self.config, self._start())
+        self._store, address = None, ""
+        if self.config.shape.world_size > 1:
+            self._store, address = rendezvous.host_store("127.0.0.1")
+        self.engine = Engine(self.config, self._start(address), address, "lo" if address else "")
 
     def generate(
         self,
@@ -169,7 +175,7 @@ class LLM:
         names = [self._submit(ids, one) for ids, one in checked]
         try:
             while any(self._jobs[name].unfinished for name in names):
-                for row in self.engine.step(1.0):
+                for row in self.engine.step(1.0, now=time.monotonic()):
                     self._take(row)
         except BaseException as error:
             for name in names:
@@ -181,6 +187,21 @@ class LLM:
             raise
         jobs = [self._jobs.pop(name) for name in names]
         return [_result(job) for job in jobs]
+
+    def scale(self, data: int) -> None:
+        """Grow or shrink a mixture-of-experts model to `data` data-parallel ranks while it stays loaded.
+
+        Raises:
+            ConfigError: the size cannot be; with the reason.
+            ReplicaLostError: a rank died; this LLM is over if it was one that served.
+        """
+        self._count += 1
+        op = self.engine.scale(f"scale-{self._count}", data, time.monotonic())
+        while not op.is_over or self.engine.has_work:
+            for row in self.engine.step(0.05, now=time.monotonic()):
+                self._take(row)
+        if op.phase == "ABORTED":
+            raise ReplicaLostError(f"scaling to data {data} was undone: {op.detail}")
 
     def close(self) -> None:
         """End the ranks."""
@@ -195,11 +216,10 @@ class LLM:
     ) -> None:
         self.close()
 
-    def _start(self) -> Executor:
-        if self.config.shape.world_size == 1:
-            return InlineExecutor(self.config.rank_specs("")[0])
-        self._store, address = rendezvous.host_store("127.0.0.1")
-        return ProcessExecutor(self.config.rank_specs(address, "lo"))
+    def _start(self, address: str) -> Executor:
+        if not address:
+            return InlineExecutor(self.config.rank_specs("", [""])[0])
+        return ProcessExecutor(self.config.shape.world_size, lambda nodes: self.config.rank_specs(address, nodes, "lo"))
 
     def _check(self, prompt: Prompt, params: SamplingParams) -> tuple[list[int], SamplingParams]:
         ids = encode_prompt(self.tokenizer, prompt)

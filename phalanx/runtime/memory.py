@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from phalanx.errors import ConfigError
-from phalanx.models.sizes import kv_bytes_per_token, parameter_count
+from phalanx.models.sizes import kv_bytes_per_token, parameter_count, widest_row
 from phalanx.models.spec import DecoderConfig
 from phalanx.parallel.mesh import MeshShape
 from phalanx.runtime.kv.spec import KVSpec
@@ -56,20 +56,17 @@ def stage_bytes(
     itemsize: int,
     block_size: int,
     batch: Batch,
+    slots_per_rank: int | None = None,
 ) -> StageBytes:
-    """What every rank of a stage needs.
+    """What every rank of a stage needs; `slots_per_rank` as in `parameter_count`.
 
     Workspace is the widest moment of a step: three rows of hidden size per token and one layer's projections; on the
     last stage also one row of logits per sequence and per prompt token that wants one.
     """
     is_first, is_last = stage == 0, stage == shape.pp - 1
-    weights = parameter_count(model, shape, layers, is_first, is_last) * itemsize
-    widest = 0
-    for layer in model.layers[slice(*layers)]:
-        attention = layer.attention
-        qkv = (2 * attention.num_heads + 2 * max(attention.num_kv_heads, shape.tp)) * attention.head_dim
-        widest = max(widest, qkv, 3 * layer.mlp.intermediate_size)
-    workspace = batch.max_tokens * (3 * model.hidden_size + widest // shape.tp) * itemsize
+    weights = parameter_count(model, shape, layers, is_first, is_last, slots_per_rank) * itemsize
+    widest = max(widest_row(model, layer, shape) for layer in set(model.layers[slice(*layers)]))
+    workspace = batch.max_tokens * (3 * model.hidden_size + widest) * itemsize
     if is_last:
         workspace += (batch.max_sequences + MAX_PROMPT_LOGPROBS) * model.vocab_size * LOGITS_BYTES
     return StageBytes(stage, weights, workspace, block_size * kv_bytes_per_token(model, shape.tp, layers, itemsize))

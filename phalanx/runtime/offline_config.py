@@ -9,9 +9,11 @@ import torch
 
 from phalanx.errors import ConfigError
 from phalanx.models.spec import DecoderConfig
+from phalanx.moe.spec import CapacitySpec
 from phalanx.parallel.mesh import MeshShape
 from phalanx.parallel.pipeline import split_layers
 from phalanx.runtime.engine_config import EngineConfig
+from phalanx.runtime.expert_config import ExpertOptions, resolve_experts
 from phalanx.runtime.memory import ITEMSIZE, Batch, cpu_share, gpu_share, size_pool, stage_bytes
 
 Auto = Literal["auto"]
@@ -37,6 +39,34 @@ class KvSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     prefix_cache: bool = True
 
 
+class RebalanceSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`moe.rebalance` of `LLM`; keys and defaults of the YAML section."""
+
+    interval_steps: int = 3000
+    max_moved: float = 0.1
+
+
+class CapacitySection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`moe.capacity` of `LLM`; factor 0 = dropless."""
+
+    factor: float = 0.0
+    min_capacity: int = 1
+    priority: Literal["fifo", "bpr", "probs"] = "fifo"
+    overflow: Literal["drop", "next"] = "drop"
+
+
+class MoeSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`moe` of `LLM`; keys and defaults of the YAML section."""
+
+    dispatch: Literal["auto", "local", "allgather", "flat", "two_hop"] = "auto"
+    exact: bool = False
+    redundant_experts: int = 0
+    node_size: int | Auto = "auto"
+    on_rank_loss: Literal["restart", "shrink"] = "restart"
+    rebalance: RebalanceSection = RebalanceSection()
+    capacity: CapacitySection = CapacitySection()
+
+
 class WorkersSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`workers` of `LLM`; threads = CPU threads per rank."""
 
@@ -54,6 +84,7 @@ def resolve_offline(
     scheduler: Mapping[str, Any],
     kv: Mapping[str, Any],
     workers: Mapping[str, Any],
+    moe: Mapping[str, Any],
     kernels: Mapping[str, str],
 ) -> EngineConfig:
     """Decide everything that is "auto", by the rules of a deployment's plan, for this machine alone.
@@ -63,6 +94,7 @@ def resolve_offline(
     """
     batch, pool = _section("scheduler", scheduler, SchedulerSection), _section("kv", kv, KvSection)
     threads = _section("workers", workers, WorkersSection).threads
+    expert_options = _expert_options(_section("moe", moe, MoeSection))
     _check_ranges(shape, batch, pool, threads)
     device = _device(device, shape)
     dtype = model.dtype if dtype == "auto" else dtype
@@ -72,6 +104,7 @@ def resolve_offline(
     block_size = _choose(pool.block_size, 64 if is_cuda else 16)
     max_batch_tokens = _choose(batch.max_batch_tokens, 8192 if is_cuda else 512)
     ranges = split_layers(len(model.layers), shape.pp, tuple(stage_layers) if stage_layers else None)
+    experts = resolve_experts(model, shape, ranges, ITEMSIZE[dtype], expert_options)
     limits = Batch(max_batch_tokens, batch.max_sequences)
     if is_cuda:
         share = gpu_share(torch.cuda.mem_get_info()[0], pool.gpu_fraction)
@@ -102,6 +135,34 @@ def resolve_offline(
         max_sequences=batch.max_sequences,
         num_threads=_choose(threads, _fair_threads(shape.world_size) if shape.world_size > 1 else 0),
         kernels=dict(kernels),
+        experts=experts,
+    )
+
+
+def _expert_options(section: MoeSection) -> ExpertOptions:
+    for name, value, low, high in (
+        ("moe.redundant_experts", section.redundant_experts, 0, 2**16),
+        ("moe.node_size", section.node_size, 1, 1024),
+        ("moe.rebalance.interval_steps", section.rebalance.interval_steps, 0, 2**31),
+    ):
+        if value != "auto" and not low <= value <= high:
+            raise ConfigError(f"{name} ({value!r}) must be an integer from {low} to {high}")
+    if not 0 < section.rebalance.max_moved <= 1:
+        raise ConfigError(f"moe.rebalance.max_moved ({section.rebalance.max_moved}) must be a number in (0, 1]")
+    limit, capacity = section.capacity, None
+    if limit.factor:
+        capacity = CapacitySpec(
+            factor=limit.factor, min_capacity=limit.min_capacity, priority=limit.priority, overflow=limit.overflow
+        )
+    return ExpertOptions(
+        dispatch=section.dispatch,
+        exact=section.exact,
+        redundant_experts=section.redundant_experts,
+        node_size=0 if section.node_size == "auto" else section.node_size,
+        on_rank_loss=section.on_rank_loss,
+        rebalance_interval=section.rebalance.interval_steps,
+        max_moved=section.rebalance.max_moved,
+        capacity=capacity,
     )
 
 

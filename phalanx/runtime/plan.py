@@ -76,19 +76,110 @@ class DomainPlan(msgspec.Struct, frozen=True, array_like=True):
     num_settled: int = 0
 
 
-class StepPlan(msgspec.Struct, frozen=True, array_like=True):
+class Move(msgspec.Struct, frozen=True, array_like=True):
+    """Copy the weights of an expert from a slot into a staging row of another rank, beside the step.
+
+    Attributes:
+        layer: counted over the MoE layers of the whole model.
+        source, target: physical slots of the expert group; the row is staged on the rank of `target`.
+        staging: row of that rank's staging ring.
+    """
+
+    id: int
+    layer: int
+    source: int
+    target: int
+    staging: int
+
+
+class Flip(msgspec.Struct, frozen=True, array_like=True):
+    """Switch a MoE layer to another placement before the step runs: staged rows become slots, tables are overwritten.
+
+    Attributes:
+        copies: flat pairs (staging row, physical slot), of all ranks; each rank takes its own.
+        physical_to_logical: the whole new placement.
+    """
+
+    layer: int
+    version: int
+    physical_to_logical: list[int]
+    copies: list[int]
+
+
+class ExpertStep(msgspec.Struct, frozen=True, array_like=True):
+    """What the expert groups do in a step.
+
+    Attributes:
+        kind: of the dispatcher.
+        padded_tokens: at least the tokens of every dp rank.
+        report_load: every rank sends the loads it counted, and starts at 0 again.
+        moves: begin with this step; each is acknowledged by `MovesDone`.
+        flips: before the forward of this step.
+    """
+
+    kind: str
+    padded_tokens: int
+    report_load: bool = False
+    moves: list[Move] = []
+    flips: list[Flip] = []
+
+
+class StepPlan(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """One step of a replica, for all its ranks.
 
     Attributes:
-        step: consecutive from 0 within a generation.
+        step: consecutive from 0, across generations.
         generation: changes when the mesh does.
         schedule_hash: running digest of all rows planned so far; a rank that computes another one fails at once.
+        domains: one per dp rank.
+        experts: None for a dense model.
     """
 
     step: int
     generation: int
     schedule_hash: int
     domains: list[DomainPlan]
+    experts: ExpertStep | None = None
+
+
+class Prepare(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Build the expert groups of another generation beside the ones in use; answered by `Prepared`.
+
+    Attributes:
+        dp_rank: of the receiver in that generation.
+        nodes: name of the node of each rank of the receiver's stage, in the order of the new expert group.
+    """
+
+    generation: int
+    dp_rank: int
+    nodes: list[str]
+
+
+class Enter(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Switch to a prepared generation; no step is in flight.
+
+    Attributes:
+        step, schedule_hash: what the next plan continues from.
+        placements: physical_to_logical of each MoE layer of the receiver's stage; its own slots hold these experts
+            already.
+        reset: forget all slots, because a step of the old generation failed half-way.
+    """
+
+    generation: int
+    step: int
+    schedule_hash: int
+    placements: list[list[int]]
+    reset: bool = False
+
+
+class Discard(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Give up a prepared generation, or one that is not built yet."""
+
+    generation: int
+
+
+Order = StepPlan | Prepare | Enter | Discard
+"""What an engine sends to a rank after its `RankSpec`."""
 
 
 class StepResult(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -119,6 +210,7 @@ class Ready(msgspec.Struct, frozen=True, array_like=True, tag=True):
     Attributes:
         digest: of the resolved plan; the engine refuses ranks that disagree.
         startup_s: phase -> seconds (import, load, warm-up).
+        fabric: measured constants of the expert group's network; empty = not measured.
     """
 
     rank: int
@@ -128,6 +220,46 @@ class Ready(msgspec.Struct, frozen=True, array_like=True, tag=True):
     device: str
     log_path: str
     startup_s: dict[str, float]
+    fabric: list[float] = []
+
+
+class ExpertLoad(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Tokens per logical expert that a rank routed since its last report.
+
+    Attributes:
+        first_layer: of the stage, counted over the MoE layers of the model.
+        counts: little-endian i64, layer by layer, `num_experts` of each.
+        num_dropped: tokens a capacity limit dropped.
+    """
+
+    rank: int
+    first_layer: int
+    counts: list[bytes]
+    num_dropped: int = 0
+
+
+class MovesDone(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Moves whose rows are staged on this rank; `failed` ones arrived damaged."""
+
+    rank: int
+    ids: list[int]
+    failed: list[int]
+
+
+class Prepared(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """The groups of a generation are built, or why not."""
+
+    rank: int
+    generation: int
+    error: str = ""
+
+
+class StepFailed(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """A step ended in a broken exchange: a peer is gone. The rank drops plans until it enters another generation."""
+
+    rank: int
+    generation: int
+    error: str
 
 
 class Ping(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -145,24 +277,24 @@ class RankFailed(msgspec.Struct, frozen=True, array_like=True, tag=True):
     error: str
 
 
-RankMessage = StepResult | Ready | Ping | RankFailed
+RankMessage = StepResult | Ready | Ping | RankFailed | ExpertLoad | MovesDone | Prepared | StepFailed
 
 _encoder = msgspec.msgpack.Encoder()
-_plan_decoder = msgspec.msgpack.Decoder(StepPlan)
+_order_decoder: msgspec.msgpack.Decoder[Order] = msgspec.msgpack.Decoder(Order)
 _message_decoder: msgspec.msgpack.Decoder[RankMessage] = msgspec.msgpack.Decoder(RankMessage)
 
 
-def encode(message: StepPlan | RankMessage) -> bytes:
+def encode(message: Order | RankMessage) -> bytes:
     """A message of the rank link as bytes."""
     return _encoder.encode(message)
 
 
-def decode_plan(data: bytes) -> StepPlan:
-    """Parse a plan on a rank; raises `PlanError`."""
+def decode_order(data: bytes) -> Order:
+    """Parse an engine's message on a rank; raises `PlanError`."""
     try:
-        return _plan_decoder.decode(data)
+        return _order_decoder.decode(data)
     except BAD_BYTES as error:
-        raise PlanError(f"not a StepPlan: {error}") from error
+        raise PlanError(f"not an order: {error}") from error
 
 
 def decode_message(data: bytes) -> RankMessage:

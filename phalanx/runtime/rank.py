@@ -17,10 +17,12 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from phalanx.errors import ReplicaLostError
 from phalanx.runtime import plan, rank_link
 
 if TYPE_CHECKING:
     from phalanx.runtime.pending_result import PendingResult
+    from phalanx.runtime.worker import Worker
 
 PING_S = 0.5
 
@@ -43,7 +45,7 @@ def serve(bootstrap: Bootstrap, started: float | None = None) -> None:
         started: `time.monotonic()` when the process began, for the start-up breakdown.
     """
     begun = time.monotonic() if started is None else started
-    connection = rank_link.connect(bootstrap.address, bootstrap.key, bootstrap.rank)
+    connection = rank_link.connect(bootstrap.address, bootstrap.key, bootstrap.rank, _node(bootstrap))
     # The engine's end can vanish at any moment: nothing to answer then, the process just ends.
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         try:
@@ -73,28 +75,63 @@ def _run(connection: Connection, bootstrap: Bootstrap, begun: float) -> None:
         if spec.device == "cuda"
         else torch.device("cpu")
     )
+    place = spec.shape.rank(spec.pp_rank, spec.dp_rank, spec.tp_rank)
     if spec.store:
         mesh = rendezvous.join(
-            spec.shape, spec.rank, spec.store, device=device, timeout_s=spec.timeout_s, interface=spec.interface or None
+            spec.shape,
+            place,
+            spec.store,
+            device=device,
+            timeout_s=spec.timeout_s,
+            interface=spec.interface or None,
+            unit=spec.unit,
         )
     else:
         mesh = rendezvous.single(device)
     met = time.monotonic()
-    worker = Worker(spec, mesh)
-    loaded = time.monotonic()
-    warm_up(worker)
-    warm = time.monotonic()
-    phases = {"import": imported - begun, "rendezvous": met - imported, "load": loaded - met, "warm_up": warm - loaded}
-    ready = plan.Ready(spec.rank, spec.digest, _node(bootstrap), os.getpid(), str(device), bootstrap.log_path, phases)
     sender = Sender(connection, spec.rank)
-    sender.send(plan.encode(ready))
     try:
+        worker = Worker(spec, mesh, lambda message: sender.send(plan.encode(message)))
+        loaded = time.monotonic()
+        warm_up(worker)
+        warm = time.monotonic()
+        phases = {"import": imported - begun, "rendezvous": met - imported, "load": loaded - met}
+        phases["warm_up"] = warm - loaded
+        fabric = worker.experts.fabric if worker.experts is not None else []
+        where = (_node(bootstrap), os.getpid(), str(device), bootstrap.log_path)
+        sender.send(plan.encode(plan.Ready(spec.rank, spec.digest, *where, phases, fabric)))
         while True:
-            result = worker.execute(plan.decode_plan(connection.recv_bytes(rank_link.MAX_MESSAGE_BYTES)))
-            if result is not None:
-                sender.put(result)
+            _obey(worker, plan.decode_order(connection.recv_bytes(rank_link.MAX_MESSAGE_BYTES)), sender)
     finally:
         sender.close()
+
+
+def _obey(worker: "Worker", order: plan.Order, sender: "Sender") -> None:
+    """Carry out one order. A broken exchange between expert ranks is survived where the engine wants it so."""
+    match order:
+        case plan.StepPlan():
+            if worker.is_broken:
+                return  # planned before the engine knew
+            failure, result = "", None
+            try:
+                result = worker.execute(order)
+            except (RuntimeError, ReplicaLostError) as error:
+                if not worker.outlives_peers or not _in_collective(error):
+                    raise
+                failure = _describe()
+            if failure:  # not in the handler: the error keeps the groups' connections open
+                worker.break_off()
+                sender.send(plan.encode(plan.StepFailed(worker.spec.rank, order.generation, failure)))
+            elif result is not None:
+                sender.put(result)
+        case plan.Enter():
+            worker.enter(order)
+        case plan.Prepare():
+            assert worker.experts is not None, "only expert groups change"
+            worker.experts.prepare(order)
+        case plan.Discard():
+            assert worker.experts is not None, "only expert groups change"
+            worker.experts.discard(order.generation)
 
 
 class Sender:
@@ -149,11 +186,14 @@ def _node(bootstrap: Bootstrap) -> str:
 
 def _describe() -> str:
     """The traceback; one that ends inside a collective is marked: another rank is the likely cause."""
-    text = traceback.format_exc()
     error = sys.exc_info()[1]
-    frames = traceback.extract_tb(error.__traceback__) if error is not None else []
-    is_collective = any("/phalanx/parallel/" in frame.filename for frame in frames) and isinstance(error, RuntimeError)
-    return (CONSEQUENCE if is_collective else "") + text
+    return (CONSEQUENCE if error is not None and _in_collective(error) else "") + traceback.format_exc()
+
+
+def _in_collective(error: BaseException) -> bool:
+    frames = traceback.extract_tb(error.__traceback__)
+    is_kind = isinstance(error, RuntimeError | ReplicaLostError)
+    return is_kind and any("/phalanx/parallel/" in frame.filename for frame in frames)
 
 
 CONSEQUENCE = "[in a collective; probably the consequence of another rank's failure]\n"

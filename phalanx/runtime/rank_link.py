@@ -10,6 +10,7 @@ import struct
 import threading
 from multiprocessing.connection import Connection, answer_challenge, deliver_challenge
 from multiprocessing.context import AuthenticationError
+from typing import NamedTuple
 
 from phalanx.errors import ConfigError
 
@@ -19,6 +20,14 @@ SEND_S = 10.0
 """A peer that takes nothing for this long while the engine sends is frozen: the send fails instead of blocking."""
 
 MAX_MESSAGE_BYTES = 256 * 2**20
+MAX_NAME_BYTES = 1024
+
+
+class Dialled(NamedTuple):
+    """A rank that came, and the name of its node: ranks of one node share the name."""
+
+    connection: Connection
+    node: str
 
 
 class RankListener:
@@ -36,12 +45,12 @@ class RankListener:
         except OSError as error:
             raise ConfigError(f"cannot listen for ranks on {host} ({error}); use an address of this machine") from error
         self.address = f"{host}:{self._socket.getsockname()[1]}"
-        self._ranks: dict[int, Connection] = {}
+        self._ranks: dict[int, Dialled] = {}
         self._arrived = threading.Condition()
         threading.Thread(target=self._accept, name="rank-accept", daemon=True).start()
 
-    def take(self, rank: int, timeout_s: float) -> Connection | None:
-        """The connection of a rank, once it has come and proved that it knows the key; None = not in time."""
+    def take(self, rank: int, timeout_s: float) -> "Dialled | None":
+        """A rank, once it has come and proved that it knows the key; None = not in time."""
         with self._arrived:
             self._arrived.wait_for(lambda: rank in self._ranks, timeout_s)
             return self._ranks.pop(rank, None)
@@ -63,17 +72,19 @@ class RankListener:
         try:
             deliver_challenge(connection, self._key)
             answer_challenge(connection, self._key)
-            (rank,) = struct.unpack("<I", connection.recv_bytes(4))
-        except (OSError, EOFError, AuthenticationError, struct.error):
+            name = connection.recv_bytes(MAX_NAME_BYTES)
+            (rank,) = struct.unpack("<I", name[:4])
+            node = name[4:].decode()
+        except (OSError, EOFError, AuthenticationError, struct.error, UnicodeDecodeError):
             connection.close()
             return
         _set_timeout(connection.fileno(), 0.0)
         with self._arrived:
-            self._ranks[rank] = connection
+            self._ranks[rank] = Dialled(connection, node)
             self._arrived.notify_all()
 
 
-def connect(address: str, key: bytes, rank: int) -> Connection:
+def connect(address: str, key: bytes, rank: int, node: str) -> Connection:
     """Dial the engine from a rank; inverse of `RankListener.take`.
 
     Raises:
@@ -84,7 +95,7 @@ def connect(address: str, key: bytes, rank: int) -> Connection:
     answer_challenge(connection, key)
     deliver_challenge(connection, key)
     _set_timeout(connection.fileno(), 0.0)
-    connection.send_bytes(struct.pack("<I", rank))
+    connection.send_bytes(struct.pack("<I", rank) + node.encode()[: MAX_NAME_BYTES - 4])
     return connection
 
 

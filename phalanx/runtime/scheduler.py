@@ -7,6 +7,7 @@ runs ahead: plan N+1 is made while step N runs, so a decode row may stand for a 
 import heapq
 from bisect import bisect_left, insort
 from collections import Counter, deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from phalanx.runtime.frames import FinishReason, TokenLogprobs, TokenRow
@@ -61,7 +62,7 @@ class Scheduler:
     """Which tokens run in the next step, on which blocks; see `schedule` and `apply`."""
 
     def __init__(self, config: SchedulerConfig, spec: KVSpec, *, prefix_cache: bool = True) -> None:
-        self.config, self.spec = config, spec
+        self.config, self.spec, self._prefix_cache = config, spec, prefix_cache
         self.domains = [
             Domain(spec, config.max_sequences, prefix_cache=prefix_cache) for _ in range(config.num_domains)
         ]
@@ -154,6 +155,47 @@ class Scheduler:
                 self._return_slot(seq)
         return out
 
+    @property
+    def digest(self) -> int:
+        """Of all rows planned so far."""
+        return self._hash
+
+    def rearrange(self, keep: Iterable[int | None], *, reset: bool = False) -> None:
+        """Change the domains while no step is in flight; sequences of a domain that goes wait to be placed again.
+
+        Args:
+            keep: the old index of each new domain; None = a new, empty one.
+            reset: drop the steps in flight, because some rank will never answer them: every sequence is preempted, and
+                what the steps computed counts as not computed.
+
+        Raises:
+            RuntimeError: steps are in flight, without `reset`.
+        """
+        if self.num_in_flight and not reset:
+            raise RuntimeError(f"{self.num_in_flight} steps are in flight; domains cannot change")
+        config, kept = self.config, list(keep)
+        for index, domain in enumerate(self.domains):
+            rows = {row.seq for _, step in domain.in_flight for row in step}
+            domain.in_flight.clear()
+            for seq in rows:
+                seq.num_in_flight, seq.num_known = 0, len(seq.tokens)
+            if index not in kept or reset:
+                for _, seq in list(domain.running):
+                    self._preempt(seq)
+            if reset:
+                domain.free_slots, domain.released = list(range(config.max_sequences - 1, -1, -1)), []
+            for seq in rows:
+                seq.slot = NO_SLOT if seq.status != RUNNING else seq.slot
+        self.domains = [
+            Domain(self.spec, config.max_sequences, prefix_cache=self._prefix_cache)
+            if index is None
+            else self.domains[index]
+            for index in kept
+        ]
+        for index, domain in enumerate(self.domains):
+            for _, seq in domain.running:
+                seq.domain = index
+
     def check(self) -> None:
         """All invariants, O(n): slots, queue count, KV metadata.
 
@@ -209,13 +251,16 @@ class Scheduler:
                 builder.extend.append(Extend(seq.slot, first, list(block_ids)))
                 return True
             victim = domain.running[-1][1]
-            self._leave(victim)
-            # The contents of its blocks stay findable: it resumes by an ordinary prefix match.
-            victim.status, victim.num_computed, victim.num_settled, victim.waited = WAITING, 0, 0, 0
-            self.num_preemptions += 1
-            self.add(victim)
+            self._preempt(victim)
             if victim is seq:
                 return False
+
+    def _preempt(self, victim: Sequence) -> None:
+        self._leave(victim)
+        # The contents of its blocks stay findable: it resumes by an ordinary prefix match.
+        victim.status, victim.num_computed, victim.num_settled, victim.waited = WAITING, 0, 0, 0
+        self.num_preemptions += 1
+        self.add(victim)
 
     def _admit_waiting(self, builders: list[StepBuilder]) -> None:
         held: list[tuple[Order, Sequence]] = []

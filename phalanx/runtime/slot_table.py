@@ -6,7 +6,7 @@ last sampled id is not known to the host when the next step starts:
     tokens[slot, 0 : num_computed + 1]   prompt, output so far, and the id sampled last
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -16,10 +16,14 @@ from torch import Tensor
 
 from phalanx.kernels.types import AttnMeta
 from phalanx.models.batch import ForwardBatch
+from phalanx.moe.group import EpStep
 from phalanx.runtime.kv.spec import KVSpec
 from phalanx.runtime.plan import DomainPlan, PlanError, SlotInit, SlotSampling
 
 Ints = NDArray[np.int32]
+
+KEY_FACTOR, MAX_KEY = 0x9E3779B97F4A7C15, 2**62 - 1
+"""Spreads seeds over the keys of `EpStep`; any odd number would do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +66,7 @@ class SlotTable:
         self.num_prompt = np.zeros(num_slots, np.int32)
         self.block_tables = np.zeros((num_slots, spec.max_blocks(spec.max_model_len) + 1), np.int32)
         self.is_admitted = np.zeros(num_slots, np.bool_)
+        self.keys = np.zeros(num_slots, np.int64)
         self.sampling: dict[int, SlotSampling] = {}
         self._wants_prompt: set[int] = set()
         # One spare column: a step that runs ahead of a finish may sample one id past the limit.
@@ -89,11 +94,12 @@ class SlotTable:
                 raise PlanError(f"slot {slot}: block ids {block_ids} outside 1..{self.spec.num_blocks - 1}")
             self.block_tables[slot, first : first + len(block_ids)] = block_ids
 
-    def build(self, rows: list[int]) -> tuple[ForwardBatch, SampleRows]:
+    def build(self, rows: list[int], ep: EpStep | None = None) -> tuple[ForwardBatch, SampleRows]:
         """The step's batch, and its sampled rows. Advances `num_computed` of the rows' slots.
 
         Args:
             rows: flat triples (slot, num_tokens, sample), rows of one token first.
+            ep: what the MoE layers are told; keys and scopes are filled in here. None for a dense model.
 
         Raises:
             PlanError: a row of a slot that is not in use or has another one, or tokens without a block.
@@ -126,7 +132,16 @@ class SlotTable:
         token_ids = self.tokens.view(-1)[self.to_device(token_index)]
         decodes = int((q_lens == 1).sum())
         meta = AttnMeta(device[2], device[3], device[4], decodes, int(q_lens.max(initial=0)), max_seq_len)
-        return ForwardBatch(token_ids, device[0], device[1], meta, device[5], num_tokens), sampled
+        if ep is not None:
+            # The seed is drawn once per request and survives preemption and replicas, so the key does, too.
+            keys = self.keys[token_slots] + positions
+            ep = replace(ep, key_T=self.to_device(keys), scope_T=self.to_device(token_slots.astype(np.int64)))
+        return ForwardBatch(token_ids, device[0], device[1], meta, device[5], num_tokens, ep), sampled
+
+    def clear(self) -> None:
+        """Forget all slots, whatever was planned for them."""
+        self.is_admitted[:] = False
+        self._wants_prompt.clear()
 
     def store(self, sampled: SampleRows, token_ids: Tensor) -> None:
         """Make sampled ids the next inputs of their slots; `token_ids` [N] on the device."""
@@ -146,6 +161,7 @@ class SlotTable:
                 f"do not fit {num_tokens} tokens"
             )
         self.sampling[slot] = init.sampling
+        self.keys[slot] = ((init.sampling.seed + init.sampling.choice) * KEY_FACTOR) & MAX_KEY
         self.is_admitted[slot] = True
         if init.sampling.prompt_logprobs >= 0:
             self._wants_prompt.add(slot)

@@ -45,7 +45,7 @@ def _answers(llm: LLM) -> list[Any]:
 
 
 def _pids(llm: LLM) -> list[int]:
-    return [ready.pid for ready in llm.engine.executor.ready]
+    return [ready.pid for ready in llm.engine.executor.ready.values()]
 
 
 @pytest.mark.multi
@@ -72,7 +72,7 @@ def test_real_processes(shape, rank, number, limit_s):
 def test_real_processes_end_with_their_parent():
     code = (
         "import time, phalanx; llm = phalanx.LLM('tiny', tensor=2, device='cpu', workers={'threads': 1});"
-        "print(*[ready.pid for ready in llm.engine.executor.ready], flush=True); time.sleep(60)"
+        "print(*[ready.pid for ready in llm.engine.executor.ready.values()], flush=True); time.sleep(60)"
     )
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     with contextlib.closing(parent.stdout):

@@ -1,6 +1,8 @@
 """Drive a decoder by hand: what the worker does, as plainly as can be. Imported by rank processes: no transformers."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,14 +11,64 @@ from phalanx.kernels.types import AttnMeta
 from phalanx.models.batch import ForwardBatch
 from phalanx.models.decoder import Decoder
 from phalanx.models.loading import load_model, read_config
+from phalanx.moe.group import EpStep, ExpertGroup
+from phalanx.moe.placement.linear import linear
+from phalanx.parallel.membership import build
 from phalanx.parallel.mesh import Mesh
 from phalanx.parallel.pipeline import split_layers
+from phalanx.parallel.rendezvous import connect_store
+from phalanx.parallel.topology import EpTopology
 
 BLOCK_SIZE = 4
 Rows = list[tuple[int, int, int]]  # (sequence, first position, number of tokens), decodes first
 
 
-def load_stage(path: str, mesh: Mesh, max_model_len: int = 64, dtype: torch.dtype = torch.float32) -> Decoder:
+class Experts(NamedTuple):
+    """How the expert ranks of a stage meet: the store's address, the dispatcher, and bits that depend on neither."""
+
+    address: str
+    kind: str
+    exact: bool = True
+
+
+@contextlib.contextmanager
+def expert_group(path: str, mesh: Mesh, experts: Experts | None) -> Iterator[ExpertGroup | None]:
+    """This rank's expert group, on two nodes, with a redundant slot per rank; None if the stage needs none."""
+    config, shape, here = read_config(path), mesh.shape, mesh.coordinate
+    specs = config.moe_specs(split_layers(len(config.layers), shape.pp)[here.pp])
+    num_ranks = shape.dp * shape.tp
+    if not specs or num_ranks == 1:
+        yield None
+        return
+    assert experts is not None
+    num_experts = [spec.router.num_experts for spec in specs]
+    slots = min(-(-max(num_experts) // num_ranks) + 1, *num_experts)
+    placement = linear(num_experts, num_ranks, slots)
+    topology = EpTopology.uniform(2, num_ranks // 2)
+    rank, cpu = here.dp * shape.tp + here.tp, torch.device("cpu")
+    group = ExpertGroup(topology, rank, placement.layers, slots, exact=experts.exact, device=cpu)
+    membership = build(
+        connect_store(experts.address, 30),
+        prefix=f"experts/{here.pp}",
+        generation=0,
+        topology=topology,
+        rank=rank,
+        device=cpu,
+        timeout_s=30,
+        interface="lo",
+    )
+    group.enter(membership.transport, placement.layers)
+    yield group
+    membership.destroy()
+
+
+def load_stage(
+    path: str,
+    mesh: Mesh,
+    max_model_len: int = 64,
+    dtype: torch.dtype = torch.float32,
+    experts: ExpertGroup | None = None,
+) -> Decoder:
     """This rank's stage on the CPU."""
     stages = split_layers(len(read_config(path).layers), mesh.shape.pp)
     return load_model(
@@ -26,6 +78,7 @@ def load_stage(path: str, mesh: Mesh, max_model_len: int = 64, dtype: torch.dtyp
         dtype=dtype,
         layer_range=stages[mesh.coordinate.pp],
         max_model_len=max_model_len,
+        experts=experts,
     )
 
 
@@ -33,9 +86,15 @@ class Driver:
     """Runs steps over a fixed set of sequences whose tokens are known beforehand (teacher forcing)."""
 
     def __init__(
-        self, decoder: Decoder, mesh: Mesh, sequences: list[list[int]], dtype: torch.dtype = torch.float32
+        self,
+        decoder: Decoder,
+        mesh: Mesh,
+        sequences: list[list[int]],
+        dtype: torch.dtype = torch.float32,
+        kind: str | None = None,
     ) -> None:
         self._decoder = decoder
+        self._kind = kind
         self._mesh = mesh
         self._sequences = sequences
         blocks_each = -(-max(map(len, sequences)) // BLOCK_SIZE)
@@ -45,8 +104,11 @@ class Driver:
         self._tables = order.view(len(sequences), blocks_each).to(torch.int32)
         self.kv = torch.full(decoder.kv_shape(num_blocks, BLOCK_SIZE), torch.nan, dtype=dtype)
 
-    def batch(self, rows: Rows, sample: str = "all") -> ForwardBatch:
-        """The step that computes `rows`; `sample` is "all" tokens, the "last" of each row, or "none"."""
+    def batch(self, rows: Rows, sample: str = "all", num_elsewhere: int = 0) -> ForwardBatch:
+        """The step that computes `rows`; `sample` is "all" tokens, the "last" of each row, or "none".
+
+        Other dp ranks may have up to `num_elsewhere` tokens.
+        """
         tokens, positions, slots = [], [], []
         for sequence, first, count in rows:
             tokens += self._sequences[sequence][first : first + count]
@@ -71,12 +133,16 @@ class Driver:
             meta=meta,
             sample_rows=picked,
             num_tokens=len(tokens),
+            ep=self._ep_step(max(len(tokens), num_elsewhere)),
         )
 
+    def _ep_step(self, num_tokens: int) -> EpStep | None:
+        return None if self._kind is None else EpStep(self._kind, -(-num_tokens // self._mesh.shape.tp))
+
     @torch.inference_mode()
-    def step(self, rows: Rows, sample: str = "all") -> Tensor:
+    def step(self, rows: Rows, sample: str = "all", num_elsewhere: int = 0) -> Tensor:
         """Logits of the sampled rows on the last stage; hidden states on the others."""
-        batch, pipeline = self.batch(rows, sample), self._mesh.pipeline
+        batch, pipeline = self.batch(rows, sample, num_elsewhere), self._mesh.pipeline
         hidden = None
         if pipeline is not None and not self._mesh.is_first_stage:
             hidden = pipeline.recv_hidden(batch.num_tokens, self._decoder.config.hidden_size, torch.float32)
@@ -117,17 +183,29 @@ def chunked(driver: Driver, length: int) -> Tensor:
 PROGRAMS: dict[str, Callable[[Driver, int], Tensor]] = {"whole": whole, "chunked": chunked}
 
 
-def logits_of(mesh: Mesh, path: str, sequences: list[list[int]], program: str) -> Tensor | None:
-    """(sequence, position, vocab) logits through a program, on the last stage; None on the others."""
-    driver = Driver(load_stage(path, mesh), mesh, sequences)
-    if mesh.is_last_stage:
-        return PROGRAMS[program](driver, len(sequences[0]))
-    _run_silent(driver, program, len(sequences[0]))
+def logits_of(
+    mesh: Mesh, path: str, sequences: list[list[int]], program: str, experts: Experts | None = None
+) -> Tensor | None:
+    """(sequence, position, vocab) logits through a program, on the last stage; None on the others.
+
+    Of several dp ranks the first has all the work, the others take part in every step without a token.
+    """
+    with expert_group(path, mesh, experts) as group:
+        kind = None if group is None or experts is None else experts.kind
+        driver = Driver(load_stage(path, mesh, experts=group), mesh, sequences, kind=kind)
+        if mesh.coordinate.dp > 0:
+            for rows, _ in _steps_of(program, len(sequences[0])):
+                driver.step([], "none", sum(count for _, _, count in rows))
+        elif mesh.is_last_stage:
+            return PROGRAMS[program](driver, len(sequences[0]))
+        else:
+            for rows, sample in _steps_of(program, len(sequences[0])):
+                driver.step(rows, sample)
     return None
 
 
-def _run_silent(driver: Driver, program: str, length: int) -> None:
-    """A stage without logits makes the same steps; the shapes of its results do not matter."""
+def _steps_of(program: str, length: int) -> list[tuple[Rows, str]]:
+    """What a program does; the shapes of the results it sees do not matter."""
     steps: list[tuple[Rows, str]] = []
 
     class Recorder:
@@ -136,5 +214,4 @@ def _run_silent(driver: Driver, program: str, length: int) -> None:
             return torch.zeros(sum(count for _, _, count in rows), 1)
 
     PROGRAMS[program](Recorder(), length)  # type: ignore[arg-type]
-    for rows, sample in steps:
-        driver.step(rows, sample)
+    return steps

@@ -70,7 +70,7 @@ def test_a_rank_reads_only_its_slices(llama, monkeypatch):
     monkeypatch.setattr(StoredTensor, "read", counting)
     for rank in range(4):
         group = Group(rank, 4)
-        load(llama, Mesh(shape=MeshShape(tp=4), rank=rank, device=CPU, tp=group, stage=group))
+        load(llama, Mesh(shape=MeshShape(tp=4), rank=rank, device=CPU, tp=group))
     copies = {}
     with Checkpoint(llama) as checkpoint:
         for stored in checkpoint.tensors():
@@ -236,7 +236,7 @@ def test_half_precision_files_load_into_fp32(llama):
 )
 def test_tensor_axis_must_fit(checkpoints, family, overrides, tp, message):
     group = Group(0, tp)
-    mesh = Mesh(shape=MeshShape(tp=tp), rank=0, device=CPU, tp=group, stage=group)
+    mesh = Mesh(shape=MeshShape(tp=tp), rank=0, device=CPU, tp=group)
     with pytest.raises(ConfigError, match=message):
         load(tiny.make_checkpoint(family, checkpoints, **overrides), mesh)
 

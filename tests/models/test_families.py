@@ -12,11 +12,12 @@ import torch
 from phalanx import plugins
 from phalanx.models.checkpoint import Checkpoint
 from phalanx.models.decoder import Decoder
-from phalanx.models.hf_config import FAMILY
+from phalanx.models.hf_config import EMBEDDED, FAMILY
 from phalanx.models.loading import fill, read_config, resolve_path
 from phalanx.models.spec import DecoderConfig, LayerSpec
+from phalanx.moe.spec import MoeSpec
 from phalanx.parallel.mesh import MeshShape
-from phalanx.parallel.rendezvous import single
+from phalanx.parallel.rendezvous import host_store, single
 from tests.models import drive
 from tests.support import tiny
 from tests.support.ranks import run_mesh
@@ -25,10 +26,14 @@ FAMILIES = tiny.family_names()
 TOLERANCE = 5e-5
 ALONE = single(torch.device("cpu"))
 LAYOUTS = {"tp2": MeshShape(tp=2), "tp4": MeshShape(tp=4), "pp2": MeshShape(pp=2), "pp2tp2": MeshShape(pp=2, tp=2)}
+DISPATCH = {"tp2": "flat", "tp4": "two_hop", "pp2": "local", "pp2tp2": "allgather"}
+MOE_FAMILIES = [name for name in FAMILIES if name.endswith("_moe") or name in ("mixtral", "olmoe", "gpt_oss")]
+MOE_FAMILIES += [name for name in FAMILIES if name.startswith("deepseek")]
 
 
 def test_all_families_are_found():
     expected = {"gemma2", "gemma3_text", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3"}
+    expected |= {"deepseek_v2", "deepseek_v3", "glm4_moe", "gpt_oss", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe"}
     assert expected <= set(FAMILIES)
 
 
@@ -46,12 +51,32 @@ def test_logits_equal_transformers(family, program, oracle_of):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_do_not_depend_on_the_layout(family, layout, oracle_of):
     oracle, shape = oracle_of(family), LAYOUTS[layout]
-    results = run_mesh(shape, drive.logits_of, str(oracle.path), oracle.sequences, "chunked")
+    store, address = host_store()
+    experts = drive.Experts(address, DISPATCH[layout])
+    results = run_mesh(shape, drive.logits_of, str(oracle.path), oracle.sequences, "chunked", experts)
+    del store
     last_stage = results[-shape.tp :]
     for logits in last_stage:
         torch.testing.assert_close(logits, oracle.logits, atol=TOLERANCE, rtol=0)
         assert torch.equal(logits, last_stage[0])
     assert results[: -shape.tp] == [None] * (shape.world_size - shape.tp)
+
+
+@pytest.mark.multi
+@pytest.mark.parametrize("exact", [True, False], ids=["exact", "reduced"])
+@pytest.mark.parametrize("family", MOE_FAMILIES)
+def test_ranks_without_tokens_lend_their_experts(family, exact, oracle_of):
+    """The second dp rank has no token in any step, and half of the experts; exact means as if there was one rank."""
+    oracle, shape = oracle_of(family), MeshShape(dp=2, tp=1 if exact else 2)
+    store, address = host_store()
+    experts = drive.Experts(address, "two_hop", exact)
+    results = run_mesh(shape, drive.logits_of, str(oracle.path), oracle.sequences, "chunked", experts)
+    del store
+    torch.testing.assert_close(results[0], oracle.logits, atol=TOLERANCE, rtol=0)
+    assert results[shape.tp :] == [None] * shape.tp
+    if exact:
+        alone = drive.logits_of(ALONE, str(oracle.path), oracle.sequences, "chunked")
+        assert torch.equal(results[0], alone)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -78,6 +103,14 @@ ATTENTION = {
     "softcap": lambda spec: None,
     "qk_norm": lambda spec: "none",
     "rope": lambda spec: dataclasses.replace(spec.rope, theta=spec.rope.theta * 2),
+    "sinks": lambda spec: False,
+}
+ROUTER = {
+    "normalise": lambda router: "none" if router.normalise == "sum" else "sum",
+    "use_bias": lambda router: False,
+    "top_groups": lambda router: router.num_groups,
+    "scale": lambda router: 1.0,
+    "top_k": lambda router: router.top_k - 1,
 }
 NORMS = {name: lambda spec: False for name in ("attn_in", "attn_out", "mlp_in", "mlp_out", "unit_offset")}
 DECODER = {name: lambda config: None for name in ("embed_scale", "logit_softcap")}
@@ -95,7 +128,20 @@ def _variants(config: DecoderConfig) -> dict[str, DecoderConfig]:
         return dataclasses.replace(config, layers=tuple(change(layer) for layer in config.layers))
 
     def attention(name: str) -> Any:
-        return lambda layer: dataclasses.replace(layer, attention=_changed(layer.attention, name, ATTENTION[name]))
+        def change(layer: LayerSpec) -> LayerSpec:
+            if not hasattr(layer.attention, name):
+                return layer
+            return dataclasses.replace(layer, attention=_changed(layer.attention, name, ATTENTION[name]))
+
+        return change
+
+    def moe(change: Any) -> Any:
+        return lambda layer: (
+            dataclasses.replace(layer, mlp=change(layer.mlp)) if isinstance(layer.mlp, MoeSpec) else layer
+        )
+
+    def router(name: str) -> Any:
+        return lambda spec: dataclasses.replace(spec, router=_changed(spec.router, name, ROUTER[name]))
 
     def norms(name: str) -> Any:
         return lambda layer: dataclasses.replace(layer, norms=_changed(layer.norms, name, NORMS[name]))
@@ -106,8 +152,21 @@ def _variants(config: DecoderConfig) -> dict[str, DecoderConfig]:
 
     variants |= {name: in_layers(attention(name)) for name in ATTENTION}
     variants |= {name: in_layers(norms(name)) for name in NORMS}
+    variants |= {name: in_layers(moe(router(name))) for name in ROUTER}
+    variants["no shared expert"] = in_layers(moe(lambda spec: dataclasses.replace(spec, shared=None)))
+    for name, value in {"limit": 100.0, "alpha": 1.0}.items():
+        variants[f"swiglu {name}"] = in_layers(moe(_clamped(name, value)))
     variants["rope scaling"] = in_layers(scaling)
     return {name: variant for name, variant in variants.items() if variant != config}
+
+
+def _clamped(name: str, value: float) -> Any:
+    def change(spec: MoeSpec) -> MoeSpec:
+        if spec.experts.activation != "swiglu_clamped":
+            return spec
+        return dataclasses.replace(spec, experts=dataclasses.replace(spec.experts, **{name: value}))
+
+    return change
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -138,7 +197,7 @@ def _partly_filled(config: DecoderConfig, path: Any, family: str) -> Decoder:
         @staticmethod
         def locate(key: str) -> Any:
             target = module.locate(key)
-            return target if target is not None and target.name in parameters else None
+            return target if target is not None and (target.stacking or target.name in parameters) else None
 
     with Checkpoint(path) as checkpoint:
         fill(decoder, checkpoint, Names)
@@ -159,9 +218,10 @@ def test_empty_steps_and_no_samples(family, oracle_of):
     torch.testing.assert_close(last, expected, atol=TOLERANCE, rtol=0)
 
 
-def test_padding_rows_write_nothing(oracle_of):
+@pytest.mark.parametrize("family", ["llama", "deepseek_v2"])
+def test_padding_rows_write_nothing(family, oracle_of):
     """A row with slot -1 past the last sequence changes neither the pool nor the other rows."""
-    oracle = oracle_of("llama")
+    oracle = oracle_of(family)
     driver = drive.Driver(drive.load_stage(str(oracle.path), ALONE), ALONE, oracle.sequences)
     batch = driver.batch([(0, 0, 6)])
     pad = torch.zeros(2, dtype=torch.int32)
@@ -179,17 +239,19 @@ def test_padding_rows_write_nothing(oracle_of):
     assert set(written.nonzero().flatten().tolist()) == set(driver._tables[0, :2].tolist())
 
 
-def test_the_packaged_model_loads():
-    path = resolve_path("tiny")
-    ids = torch.randint(0, 4096, (2, 24), generator=torch.Generator().manual_seed(1)).tolist()
+@pytest.mark.parametrize("name", EMBEDDED)
+def test_the_packaged_models_load(name):
+    path = resolve_path(name)
+    ids = torch.randint(0, read_config(path).vocab_size, (2, 24), generator=torch.Generator().manual_seed(1)).tolist()
     model = tiny.load_hf(path)
     expected = torch.stack([tiny.hf_logits(model, row) for row in ids])
-    torch.testing.assert_close(drive.logits_of(ALONE, "tiny", ids, "chunked"), expected, atol=TOLERANCE, rtol=0)
+    torch.testing.assert_close(drive.logits_of(ALONE, name, ids, "chunked"), expected, atol=TOLERANCE, rtol=0)
 
 
-def test_bfloat16_is_close(oracle_of):
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe", "deepseek_v3", "gpt_oss"])
+def test_bfloat16_is_close(family, oracle_of):
     """bf16 weights and activations: the error is that of the format, and the best ids mostly agree."""
-    oracle = oracle_of("qwen3")
+    oracle = oracle_of(family)
     decoder = drive.load_stage(str(oracle.path), ALONE, dtype=torch.bfloat16)
     driver = drive.Driver(decoder, ALONE, oracle.sequences, dtype=torch.bfloat16)
     got = drive.whole(driver, len(oracle.sequences[0]))

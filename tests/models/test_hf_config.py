@@ -24,7 +24,7 @@ def fields_of(family, **changes):
 
 
 REFUSED = [
-    ("llama", {"model_type": "mamba"}, r"model_type 'mamba' is not supported; use one of gemma2, .*, qwen3"),
+    ("llama", {"model_type": "mamba"}, r"model_type 'mamba' is not supported; use one of deepseek_v2, .*, qwen3_moe"),
     ("llama", {"model_type": None}, "model_type None is not supported"),
     ("llama", {"model_type": "os.path"}, r"model_type 'os.path' is not supported"),
     ("llama", {"model_type": "decoder"}, r"model_type 'decoder' is not supported"),
@@ -47,6 +47,19 @@ REFUSED = [
     ),
     ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention True is not supported"),
     ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping 50.0 is not supported"),
+    ("deepseek_v2", {"norm_topk_prob": True}, "norm_topk_prob True is not supported; false can be served"),
+    ("deepseek_v2", {"topk_method": "noaux_tc"}, "topk_method 'noaux_tc' is not supported; greedy and group_limited"),
+    ("deepseek_v2", {"scoring_func": "sigmoid"}, "scoring_func 'sigmoid' is not supported"),
+    ("deepseek_v2", {"mlp_bias": True}, "mlp_bias True is not supported"),
+    ("deepseek_v2", {"moe_layer_freq": 2}, "moe_layer_freq 2 is not supported"),
+    ("deepseek_v3", {"scoring_func": "softmax"}, "scoring_func 'softmax' is not supported; sigmoid can be served"),
+    ("deepseek_v3", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config .*fp8.* is not supported"),
+    ("deepseek_v3", {"first_k_dense_replace": -1}, "first_k_dense_replace must be a number of layers, not -1"),
+    ("gpt_oss", {"quantization_config": {"quant_method": "mxfp4"}}, "quantization_config .*mxfp4.* is not supported"),
+    ("gpt_oss", {"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported; silu"),
+    ("olmoe", {"clip_qkv": 8.0}, "clip_qkv 8.0 is not supported; null can be served"),
+    ("qwen3_moe", {"mlp_only_layers": "1"}, "mlp_only_layers '1' is not supported; a list of layer indices"),
+    ("qwen3_moe", {"num_experts": None}, "num_experts is missing"),
     ("phi3", {"rope_scaling": {"type": "longrope"}}, "rope_type 'longrope' is not supported"),
     ("phi3", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "'linear' is not supported; phi3 without rope"),
 ]

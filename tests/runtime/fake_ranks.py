@@ -18,10 +18,10 @@ from phalanx.models.spec import DecoderConfig
 from phalanx.parallel.mesh import MeshShape
 from phalanx.runtime import plan as messages
 from phalanx.runtime.engine_config import EngineConfig
-from phalanx.runtime.executor.executor import HasFileno
+from phalanx.runtime.executor.executor import Event, HasFileno
 from phalanx.runtime.frames import TokenLogprobs
 from phalanx.runtime.kv.spec import KVSpec
-from phalanx.runtime.plan import DomainPlan, Ready, SlotInit, StepPlan, StepResult
+from phalanx.runtime.plan import DomainPlan, Order, Ready, SlotInit, StepPlan, StepResult
 from phalanx.runtime.sampling_params import SamplingParams
 
 VOCABULARY = 40
@@ -236,7 +236,10 @@ class FakeExecutor:
 
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
-        self.ready: list[Ready] = []
+        self.ready: dict[int, Ready] = {}
+        self.nodes: dict[int, str] = {}
+        self.members: set[int] = set()
+        self.spare: set[int] = set()
         self.ranks = [FakeRank(config, dp_rank) for dp_rank in range(config.shape.dp)]
         self.admitted: list[list[tuple[int, int]]] = []  # per plan: placements that enter; the driver takes them
         self.failed: set[tuple[int, int]] = set()  # placements the engine has been told failed
@@ -253,7 +256,9 @@ class FakeExecutor:
 
     def submit(self, plan: StepPlan) -> None:
         """Take a plan as a rank would see it, after the codec."""
-        plan = messages.decode_plan(messages.encode(plan))
+        order = messages.decode_order(messages.encode(plan))
+        assert isinstance(order, StepPlan)
+        plan = order
         assert plan.step == self._next_step
         assert len(plan.domains) == len(self.ranks)
         for part in plan.domains:
@@ -282,7 +287,7 @@ class FakeExecutor:
         self._arrived.append((message, broken))
         return True
 
-    def poll(self, timeout_s: float, wake: HasFileno | None = None) -> list[StepResult]:
+    def poll(self, timeout_s: float, wake: HasFileno | None = None) -> list[Event]:
         """What was delivered since the last call."""
         arrived, self._arrived = self._arrived, []
         for result, broken in arrived:
@@ -291,6 +296,14 @@ class FakeExecutor:
             if not self._unanswered[result.step]:
                 del self._unanswered[result.step]
         return [result for result, _ in arrived]
+
+    def send(self, rank: int, order: Order) -> None:
+        raise AssertionError("a dense replica sends plans only")
+
+    def grow(self, ranks: object) -> None:
+        raise AssertionError("a dense replica does not grow")
+
+    brief = drop = grow
 
     def close(self) -> None:
         self._queues = [deque() for _ in self.ranks]

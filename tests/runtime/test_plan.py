@@ -13,19 +13,30 @@ import pytest
 from phalanx.runtime import plan as messages
 from phalanx.runtime.frames import TokenLogprobs
 from phalanx.runtime.plan import (
+    Discard,
     DomainPlan,
+    Enter,
+    ExpertLoad,
+    ExpertStep,
     Extend,
+    Flip,
+    Move,
+    MovesDone,
+    Order,
     Ping,
     PlanError,
+    Prepare,
+    Prepared,
     RankFailed,
     RankMessage,
     Ready,
     SlotInit,
     SlotSampling,
+    StepFailed,
     StepPlan,
     StepResult,
     decode_message,
-    decode_plan,
+    decode_order,
     encode,
     roll_hash,
 )
@@ -46,14 +57,25 @@ PLANS = [
         ],
     ),
 ]
+ORDERS: list[Order] = [
+    *PLANS,
+    StepPlan(8, 2, 5, [], ExpertStep("two_hop", 33, True, [Move(1, 0, 3, 9, 1)], [Flip(0, 4, [0, 1, 1], [1, 9])])),
+    Prepare(3, 1, ["a", "a", "b"]),
+    Enter(3, 9, 77, [[0, 1, 0], [1, 0, 1]], True),
+    Discard(3),
+]
 ENTRY = TokenLogprobs(5, -0.25, 1, [5, 6], [-0.25, -1.5])
 MESSAGES: list[RankMessage] = [
     StepResult(7, 0, 1, [0, 4], [5, 6], [1], [None, ENTRY], [(4, [ENTRY])], 0.25),
     Ready(3, "digest", "node", 123, "cuda:3", "/log", {"load": 1.5}),
     Ping(3),
     RankFailed(3, "node", "/log", "Traceback é"),
+    ExpertLoad(3, 0, [b"\1" + bytes(7), bytes(8)], 5),
+    MovesDone(3, [1, 2], [4]),
+    Prepared(3, 2, "why"),
+    StepFailed(3, 2, "why"),
 ]
-CASES: list[tuple[Callable[[bytes], Any], Any]] = [(decode_plan, plan) for plan in PLANS]
+CASES: list[tuple[Callable[[bytes], Any], Any]] = [(decode_order, order) for order in ORDERS]
 CASES += [(decode_message, message) for message in MESSAGES]
 by_name = pytest.mark.parametrize(("decode", "message"), CASES, ids=lambda value: type(value).__name__)
 
@@ -67,6 +89,7 @@ def test_round_trip(decode: Callable[[bytes], Any], message: Any) -> None:
 
 def test_every_message_is_among_the_examples() -> None:
     assert {type(message) for message in MESSAGES} == set(get_args(RankMessage))
+    assert {type(order) for order in ORDERS} == set(get_args(Order))
 
 
 @by_name
@@ -80,7 +103,7 @@ def test_damaged_bytes_are_a_message_or_a_plan_error(decode: Callable[[bytes], A
     assert refused > 100
 
 
-@pytest.mark.parametrize("decode", [decode_plan, decode_message])
+@pytest.mark.parametrize("decode", [decode_order, decode_message])
 def test_random_bytes(decode: Callable[[bytes], Any]) -> None:
     rng = random.Random(2)
     for _ in range(10_000):
@@ -101,10 +124,10 @@ def test_nesting_without_end() -> None:
 @pytest.mark.parametrize(
     ("decode", "data", "message"),
     [
-        (decode_plan, b"", "not a StepPlan"),
-        (decode_plan, encode(MESSAGES[0]), "not a StepPlan"),
-        (decode_plan, encode(PLANS[0]) + b"\0", "not a StepPlan"),
-        (decode_plan, b"\x95\0\0\0\0\xdd\xff\xff\xff\xff", "not a StepPlan"),
+        (decode_order, b"", "not an order"),
+        (decode_order, encode(MESSAGES[0]), "not an order"),
+        (decode_order, encode(PLANS[0]) + b"\0", "not an order"),
+        (decode_order, b"\x96\xa8StepPlan\0\0\0\xdd\xff\xff\xff\xff", "not an order"),
         (decode_message, encode(PLANS[0]), "not a rank message"),
         (decode_message, msgspec.msgpack.encode(["Pong", 1]), "not a rank message"),
         (decode_message, msgspec.msgpack.encode(["Ping", "1"]), "not a rank message"),

@@ -80,6 +80,9 @@ def redraw(model: Any, seed: int) -> None:
             parameter.copy_(vocabulary_std * noise)
         else:
             parameter.copy_(GAIN / parameter.shape[-1] ** 0.5 * noise)
+    for name, buffer in sorted(model.named_buffers()):
+        if name.endswith("e_score_correction_bias"):  # starts as 0, and would then be no part of any choice
+            buffer.copy_(VECTOR_STD * torch.randn(buffer.shape, generator=generator))
 
 
 @torch.inference_mode()

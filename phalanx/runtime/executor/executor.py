@@ -1,8 +1,10 @@
 """The seam between an engine and its ranks."""
 
-from typing import Protocol
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
-from phalanx.runtime.plan import Ready, StepPlan, StepResult
+from phalanx.runtime.plan import Order, RankMessage, Ready, StepPlan
+from phalanx.runtime.rank_spec import RankSpec
 
 
 class HasFileno(Protocol):
@@ -12,24 +14,59 @@ class HasFileno(Protocol):
         """Descriptor that turns readable."""
 
 
+class Came(NamedTuple):
+    """A rank asked for with `grow` is there and waits for its `RankSpec`."""
+
+    rank: int
+    node: str
+
+
+class Lost(NamedTuple):
+    """A rank that the engine can do without is dead or frozen, or did not come."""
+
+    rank: int
+    reason: str
+
+
+Event = RankMessage | Came | Lost
+
+
 class Executor(Protocol):
-    """Runs plans in order on every rank.
+    """Runs plans in order on every member.
 
     Attributes:
-        ready: what each rank said when it was up, by rank.
+        ready: what each rank said when it was up.
+        nodes: name of the node of each rank.
+        members: ranks that get the plans.
+        spare: ranks whose loss is an event; the loss of any other one is an error.
     """
 
-    ready: list[Ready]
+    ready: dict[int, Ready]
+    nodes: dict[int, str]
+    members: set[int]
+    spare: set[int]
 
     def submit(self, plan: StepPlan) -> None:
-        """Start a step; may return before it has run."""
+        """Start a step on all members; may return before it has run."""
 
-    def poll(self, timeout_s: float, wake: HasFileno | None = None) -> list[StepResult]:
-        """Results that have arrived, waiting at most `timeout_s` for the first, or until `wake` is readable.
+    def send(self, rank: int, order: Order) -> None:
+        """Give one rank another order; kept in sequence with the plans."""
+
+    def poll(self, timeout_s: float, wake: HasFileno | None = None) -> list[Event]:
+        """What has arrived, waiting at most `timeout_s` for the first, or until `wake` is readable.
 
         Raises:
-            ReplicaLostError: a rank is dead, frozen or failed; the replica is over.
+            ReplicaLostError: a rank that is not spare is dead, frozen or failed; the replica is over.
         """
+
+    def grow(self, ranks: Sequence[int]) -> None:
+        """Start further ranks, or expect them. Each is spare and answers `Came`, `Ready` after `brief`, or `Lost`."""
+
+    def brief(self, spec: RankSpec) -> None:
+        """Give a rank that came its orders."""
+
+    def drop(self, ranks: Sequence[int]) -> None:
+        """End ranks that are no members; unknown ones are ignored."""
 
     def close(self) -> None:
         """End the ranks. Safe to call twice."""

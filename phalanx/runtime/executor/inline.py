@@ -4,13 +4,15 @@ import os
 import socket
 import time
 from collections import deque
+from collections.abc import Sequence
 
 import torch
 
+from phalanx.errors import ConfigError
 from phalanx.parallel import rendezvous
-from phalanx.runtime.executor.executor import HasFileno
+from phalanx.runtime.executor.executor import Event, HasFileno
 from phalanx.runtime.pending_result import PendingResult
-from phalanx.runtime.plan import Ready, StepPlan, StepResult
+from phalanx.runtime.plan import Order, RankMessage, Ready, StepPlan
 from phalanx.runtime.rank_spec import RankSpec
 from phalanx.runtime.worker import Worker, warm_up
 
@@ -23,11 +25,15 @@ class InlineExecutor:
         if spec.num_threads:
             torch.set_num_threads(spec.num_threads)
         device = torch.device("cuda", torch.cuda.current_device()) if spec.device == "cuda" else torch.device("cpu")
-        self._worker = Worker(spec, rendezvous.single(device))
+        self._messages: deque[RankMessage] = deque()
+        self._worker = Worker(spec, rendezvous.single(device), self._messages.append)
         loaded = time.monotonic()
         warm_up(self._worker)
         phases = {"load": loaded - begun, "warm_up": time.monotonic() - loaded}
-        self.ready = [Ready(0, spec.digest, socket.gethostname(), os.getpid(), str(device), "", phases)]
+        node = socket.gethostname()
+        self.ready = {0: Ready(0, spec.digest, node, os.getpid(), str(device), "", phases)}
+        self.nodes, self.members = {0: node}, {0}
+        self.spare: set[int] = set()
         self._launched: deque[PendingResult] = deque()
 
     def submit(self, plan: StepPlan) -> None:
@@ -36,10 +42,26 @@ class InlineExecutor:
         assert result is not None, "a single rank reports"
         self._launched.append(result)
 
-    def poll(self, timeout_s: float, wake: HasFileno | None = None) -> list[StepResult]:
-        """The oldest launched step's result."""
-        return [self._launched.popleft().wait()] if self._launched else []
+    def poll(self, timeout_s: float, wake: HasFileno | None = None) -> list[Event]:
+        """The oldest launched step's result, and what the rank had to say beside it."""
+        events: list[Event] = [self._messages.popleft() for _ in range(len(self._messages))]
+        return [*events, self._launched.popleft().wait()] if self._launched else events
+
+    def send(self, rank: int, order: Order) -> None:
+        """A single rank changes no groups."""
+        raise ConfigError("a replica of one rank in the engine's own process cannot be scaled; start it with data: 2")
+
+    def grow(self, ranks: Sequence[int]) -> None:
+        """Refuse: see `send`."""
+        raise ConfigError("a replica of one rank in the engine's own process cannot be scaled; start it with data: 2")
+
+    def brief(self, spec: RankSpec) -> None:
+        """No rank can come."""
+
+    def drop(self, ranks: Sequence[int]) -> None:
+        """Nothing to end."""
 
     def close(self) -> None:
-        """Nothing to end."""
+        """Leave nothing in flight."""
         self._launched.clear()
+        self._worker.close()

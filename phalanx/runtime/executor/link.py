@@ -1,15 +1,15 @@
 """Ranks behind rank links, whoever started them."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
 
 from phalanx.errors import ConfigError, ReplicaLostError
 from phalanx.runtime import plan as messages
-from phalanx.runtime.executor.executor import HasFileno
-from phalanx.runtime.plan import RankFailed, Ready, StepPlan, StepResult
+from phalanx.runtime.executor.executor import Came, Event, HasFileno, Lost
+from phalanx.runtime.plan import Order, Ping, RankFailed, RankMessage, Ready, StepPlan
 from phalanx.runtime.rank import CONSEQUENCE
-from phalanx.runtime.rank_link import MAX_MESSAGE_BYTES, RankListener
+from phalanx.runtime.rank_link import MAX_MESSAGE_BYTES, Dialled, RankListener
 from phalanx.runtime.rank_spec import RankSpec, encode_spec
 
 SILENCE_S = 3.0
@@ -20,11 +20,12 @@ LAST_WORDS_S = 0.5
 
 
 class LinkExecutor:
-    """Plans go to every rank, results come from one rank per dp rank.
+    """Plans go to every member, results come from one rank per dp rank.
 
     Args:
-        listener: where the ranks dial.
-        specs: orders of every rank, by rank.
+        listener: where the ranks dial; stays open for those that come later, and is closed with this.
+        num_ranks: ranks 0 ... num_ranks - 1 are there from the start.
+        orders: from the nodes of the ranks to their specs.
         startup_s: limit for all ranks to be ready.
         find_dead: asked while waiting for ranks: a sentence about one that died before it could dial, or None.
 
@@ -36,116 +37,182 @@ class LinkExecutor:
     def __init__(
         self,
         listener: RankListener,
-        specs: list[RankSpec],
+        num_ranks: int,
+        orders: Callable[[list[str]], list[RankSpec]],
         *,
         startup_s: float = 600.0,
         find_dead: Callable[[], str | None] = lambda: None,
     ) -> None:
-        self._connections: list[Connection] = []
-        self._heard: list[float] = []
-        self._has_step = False
-        self.ready: list[Ready] = []
+        self._listener = listener
+        self._connections: dict[int, Connection] = {}
+        self._heard: dict[int, float] = {}
+        self._expected: set[int] = set()
+        self._late: list[Event] = []
+        self.ready: dict[int, Ready] = {}
+        self.nodes: dict[int, str] = {}
+        self.members: set[int] = set(range(num_ranks))
+        self.spare: set[int] = set()
         deadline = time.monotonic() + startup_s
         try:
+            for rank in range(num_ranks):
+                self._admit(rank, self._take(rank, deadline, find_dead))
+            specs = orders([self.nodes[rank] for rank in range(num_ranks)])
             for spec in specs:
-                self._connections.append(self._take(listener, spec.rank, deadline, find_dead))
-            self._rank_of = {connection: rank for rank, connection in enumerate(self._connections)}
-            for spec, connection in zip(specs, self._connections, strict=True):
-                connection.send_bytes(encode_spec(spec))
-            self.ready = self._await_ready(deadline)
+                self.brief(spec)
+            self._await_ready(deadline)
         except BaseException:
             self.close()
             raise
-        digests = {ready.rank: ready.digest for ready in self.ready if ready.digest != specs[0].digest}
+        digests = sorted(rank for rank, ready in self.ready.items() if ready.digest != specs[0].digest)
         if digests:
             self.close()
-            raise ConfigError(
-                f"ranks {sorted(digests)} serve another plan than rank 0; restart them with the same file"
-            )
-        self._heard = [time.monotonic()] * len(specs)
+            raise ConfigError(f"ranks {digests} serve another plan than rank 0; restart them with the same file")
+        self._heard = dict.fromkeys(self._connections, time.monotonic())
 
     def submit(self, plan: StepPlan) -> None:
-        """Send the step to every rank."""
+        """Send the step to every member."""
         data = messages.encode(plan)
-        for rank, connection in enumerate(self._connections):
-            try:
-                connection.send_bytes(data)
-            except OSError:
-                self._lose(rank, None)
+        for rank in sorted(self.members):
+            self._send(rank, data)
 
-    def poll(self, timeout_s: float, wake: HasFileno | None = None) -> list[StepResult]:
-        """Results that have arrived; see `Executor.poll`."""
-        results = []
-        ready = wait([*self._connections, *([wake.fileno()] if wake else [])], timeout_s)
+    def send(self, rank: int, order: Order) -> None:
+        """Send an order to one rank."""
+        self._send(rank, messages.encode(order))
+
+    def brief(self, spec: RankSpec) -> None:
+        """Send a rank its orders."""
+        self._send(spec.rank, encode_spec(spec))
+
+    def grow(self, ranks: Sequence[int]) -> None:
+        """Expect further ranks."""
+        self._expected |= set(ranks)
+        self.spare |= set(ranks)
+
+    def drop(self, ranks: Sequence[int]) -> None:
+        """Close the links of ranks: they end by themselves."""
+        for rank in ranks:
+            assert rank not in self.members, "a member cannot be dropped"
+            self._expected.discard(rank)
+            self._forget(rank)
+
+    def poll(self, timeout_s: float, wake: HasFileno | None = None) -> list[Event]:
+        """Events that have arrived; see `Executor.poll`."""
+        events: list[Event] = [*self._late, *self._arrivals()]
+        self._late = []
+        rank_of = {connection: rank for rank, connection in self._connections.items()}
+        # New ranks dial the listener, which cannot be waited for here: look again soon.
+        patience_s = 0.0 if events else min(timeout_s, 0.02) if self._expected else timeout_s
+        ready = wait([*rank_of, *([wake.fileno()] if wake else [])], patience_s)
         now = time.monotonic()
         for connection in ready:
-            if not isinstance(connection, Connection):
-                continue
-            rank = self._rank_of[connection]
-            message = self._receive(rank)
-            self._heard[rank] = now
-            if isinstance(message, StepResult):
-                results.append(message)
-        for rank, heard in enumerate(self._heard):
+            if isinstance(connection, Connection) and rank_of[connection] in self._connections:
+                rank = rank_of[connection]
+                self._heard[rank] = now
+                message = self._receive(rank)
+                if isinstance(message, Ready):
+                    self.ready[rank] = message
+                if message is not None and not isinstance(message, Ping):
+                    events.append(message)
+        for rank, heard in list(self._heard.items()):
             if now - heard > SILENCE_S and not self._connections[rank].poll(0):
-                raise ReplicaLostError(
-                    f"{self._name(rank)} has been silent for {now - heard:.1f} s (limit {SILENCE_S} s): it is frozen, "
-                    "or its node is; the replica restarts"
-                )
-        return results
+                silence = f"has been silent for {now - heard:.1f} s (limit {SILENCE_S} s): it is frozen, or its node is"
+                if rank in self.members:  # it would hold up the others in their exchanges for as long as it lives
+                    raise ReplicaLostError(f"{self._name(rank)} {silence}; the replica restarts")
+                self._lose(rank, silence)
+        events += self._late
+        self._late = []
+        return events
 
     def close(self) -> None:
         """Close the links: a rank ends when its link does."""
-        for connection in self._connections:
-            connection.close()
-        self._connections = []
+        self._listener.close()
+        for rank in list(self._connections):
+            self._forget(rank)
 
-    def _take(
-        self, listener: RankListener, rank: int, deadline: float, find_dead: Callable[[], str | None]
-    ) -> Connection:
+    def _admit(self, rank: int, dialled: Dialled) -> None:
+        self._connections[rank], self.nodes[rank] = dialled
+        self._heard[rank] = time.monotonic()
+
+    def _arrivals(self) -> list[Event]:
+        came: list[Event] = []
+        for rank in sorted(self._expected):
+            dialled = self._listener.take(rank, 0.0)
+            if dialled is not None:
+                self._expected.discard(rank)
+                self._admit(rank, dialled)
+                came.append(Came(rank, dialled.node))
+        return came
+
+    def _send(self, rank: int, data: bytes) -> None:
+        try:
+            self._connections[rank].send_bytes(data)
+        except OSError:
+            self._fail(rank, None)
+        except KeyError:
+            assert rank in self.spare, f"rank {rank} is not connected"
+
+    def _take(self, rank: int, deadline: float, find_dead: Callable[[], str | None]) -> Dialled:
         while time.monotonic() < deadline:
-            connection = listener.take(rank, 0.2)
-            if connection is not None:
-                return connection
+            dialled = self._listener.take(rank, 0.2)
+            if dialled is not None:
+                return dialled
             dead = find_dead()
             if dead is not None:
                 raise ReplicaLostError(dead)
         raise ReplicaLostError(f"rank {rank} did not dial in time; look at its log")
 
-    def _await_ready(self, deadline: float) -> list[Ready]:
-        ready: dict[int, Ready] = {}
-        while len(ready) < len(self._connections):
-            for connection in wait(self._connections, max(0.0, deadline - time.monotonic())):
+    def _await_ready(self, deadline: float) -> None:
+        rank_of = {connection: rank for rank, connection in self._connections.items()}
+        while len(self.ready) < len(rank_of):
+            for connection in wait(list(rank_of), max(0.0, deadline - time.monotonic())):
                 assert isinstance(connection, Connection)
-                rank = self._rank_of[connection]
-                message = self._receive(rank)
+                message = self._receive(rank_of[connection])
                 if isinstance(message, Ready):
-                    ready[rank] = message
+                    self.ready[message.rank] = message
             if time.monotonic() >= deadline:
-                missing = sorted(set(range(len(self._connections))) - set(ready))
+                missing = sorted(set(rank_of.values()) - set(self.ready))
                 raise ReplicaLostError(f"ranks {missing} were not ready in time; look at their logs")
-        return [ready[rank] for rank in range(len(self._connections))]
+        self.ready = dict(sorted(self.ready.items()))
 
-    def _receive(self, rank: int) -> messages.RankMessage:
+    def _receive(self, rank: int) -> RankMessage | None:
         try:
             message = messages.decode_message(self._connections[rank].recv_bytes(MAX_MESSAGE_BYTES))
         except (EOFError, OSError):
-            self._lose(rank, None)
+            self._fail(rank, None)
+            return None
         except messages.PlanError as error:
             raise ReplicaLostError(f"{self._name(rank)} sent bytes that are no message: {error}") from error
         if isinstance(message, RankFailed):
-            self._lose(rank, message)
+            self._fail(rank, message)
+            return None
         return message
 
-    def _lose(self, rank: int, words: RankFailed | None) -> "None":
+    def _fail(self, rank: int, words: RankFailed | None) -> None:
+        if rank in self.spare:
+            self._lose(rank, f"failed:\n{words.error}" if words else "died without a word")
+        else:
+            self._raise_first(rank, words)
+
+    def _lose(self, rank: int, reason: str) -> None:
+        """A spare rank is gone."""
+        self._late.append(Lost(rank, f"{self._name(rank)} {reason}"))
+        self._forget(rank)
+
+    def _forget(self, rank: int) -> None:
+        self._heard.pop(rank, None)
+        connection = self._connections.pop(rank, None)
+        if connection is not None:
+            connection.close()
+
+    def _raise_first(self, rank: int, words: RankFailed | None) -> None:
         """Raise for the rank that failed first: when one dies, the others fail inside their collectives."""
         lost: dict[int, RankFailed | None] = {rank: words}
         deadline = time.monotonic() + LAST_WORDS_S
         while (left := deadline - time.monotonic()) > 0 and all(_is_consequence(said) for said in lost.values()):
-            others = [c for r, c in enumerate(self._connections) if r not in lost and not c.closed]
-            for connection in wait(others, left):
+            others = {c: r for r, c in self._connections.items() if r not in lost and not c.closed}
+            for connection in wait(list(others), left):
                 assert isinstance(connection, Connection)
-                other = self._rank_of[connection]
+                other = others[connection]
                 try:
                     message = messages.decode_message(connection.recv_bytes(MAX_MESSAGE_BYTES))
                     if isinstance(message, RankFailed):
@@ -159,7 +226,7 @@ class LinkExecutor:
 
     def _name(self, rank: int, words: RankFailed | None = None) -> str:
         # A rank that fails while it starts has not been ready: its own last words say where it was.
-        known = self.ready[rank] if rank < len(self.ready) else None
+        known = self.ready.get(rank)
         where = known or words
         if where is None:
             return f"rank {rank}"

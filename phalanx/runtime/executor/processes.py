@@ -5,14 +5,14 @@ import secrets
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import msgspec
 
 from phalanx.errors import ReplicaLostError
-from phalanx.runtime.executor.executor import HasFileno
+from phalanx.runtime.executor.executor import Event, HasFileno
 from phalanx.runtime.executor.link import LinkExecutor
-from phalanx.runtime.plan import Ready, StepPlan, StepResult
+from phalanx.runtime.plan import Order, Ready, StepPlan
 from phalanx.runtime.rank import Bootstrap
 from phalanx.runtime.rank_link import RankListener
 from phalanx.runtime.rank_spec import RankSpec
@@ -25,67 +25,101 @@ class ProcessExecutor:
     """Starts one process per rank; closing it, or the death of this process, ends them all.
 
     A process is a fresh interpreter running `phalanx.runtime.rank`, so the caller's program needs no main guard.
+
+    Args:
+        num_ranks: that run from the start.
+        orders: from the nodes of the ranks to their specs.
     """
 
-    def __init__(self, specs: list[RankSpec]) -> None:
-        key = secrets.token_bytes(32)
-        listener = RankListener("127.0.0.1", key)
-        self._processes: list[subprocess.Popen[bytes]] = []
+    def __init__(self, num_ranks: int, orders: Callable[[list[str]], list[RankSpec]]) -> None:
+        self._key = secrets.token_bytes(32)
+        listener = RankListener("127.0.0.1", self._key)
+        self._address = listener.address
+        self._processes: dict[int, subprocess.Popen[bytes]] = {}
         try:
-            for spec in specs:
-                self._processes.append(_start(Bootstrap(listener.address, key, spec.rank)))
-            self._link = LinkExecutor(listener, specs, find_dead=self._find_dead)
+            self._start(range(num_ranks))
+            self._link = LinkExecutor(listener, num_ranks, orders, find_dead=self._find_dead)
         except BaseException:
-            self._end()
-            raise
-        finally:
             listener.close()
-        self.ready: list[Ready] = self._link.ready
+            self._end(list(self._processes))
+            raise
+        self.ready: dict[int, Ready] = self._link.ready
+        self.nodes: dict[int, str] = self._link.nodes
+        self.members: set[int] = self._link.members
+        self.spare: set[int] = self._link.spare
 
     def submit(self, plan: StepPlan) -> None:
-        """Send the step to every rank."""
+        """Send the step to every member."""
         with self._naming_the_dead():
             self._link.submit(plan)
 
-    def poll(self, timeout_s: float, wake: HasFileno | None = None) -> list[StepResult]:
-        """Results that have arrived; see `Executor.poll`."""
+    def send(self, rank: int, order: Order) -> None:
+        """Send an order to one rank."""
+        with self._naming_the_dead():
+            self._link.send(rank, order)
+
+    def poll(self, timeout_s: float, wake: HasFileno | None = None) -> list[Event]:
+        """Events that have arrived; see `Executor.poll`."""
         with self._naming_the_dead():
             return self._link.poll(timeout_s, wake)
+
+    def grow(self, ranks: Sequence[int]) -> None:
+        """Start further processes."""
+        self._start(ranks)
+        self._link.grow(ranks)
+
+    def brief(self, spec: RankSpec) -> None:
+        """Give a rank that came its orders."""
+        self._link.brief(spec)
+
+    def drop(self, ranks: Sequence[int]) -> None:
+        """End processes and reap them."""
+        self._link.drop(ranks)
+        self._end([rank for rank in ranks if rank in self._processes])
 
     def close(self) -> None:
         """End the ranks and reap them."""
         self._link.close()
-        self._end()
+        self._end(list(self._processes))
+
+    @property
+    def pids(self) -> dict[int, int]:
+        """Process id of each rank."""
+        return {rank: process.pid for rank, process in self._processes.items()}
+
+    def _start(self, ranks: Sequence[int]) -> None:
+        for rank in ranks:
+            self._processes[rank] = _start(Bootstrap(self._address, self._key, rank))
 
     @contextlib.contextmanager
     def _naming_the_dead(self) -> Iterator[None]:
         try:
             yield
         except ReplicaLostError as error:
-            ended = {rank: process.poll() for rank, process in enumerate(self._processes)}
-            for process in self._processes:
+            ended = {rank: process.poll() for rank, process in self._processes.items()}
+            for process in self._processes.values():
                 process.kill()  # the replica is over, and a frozen rank would not see its link end
             statuses = ", ".join(f"rank {rank}: {status}" for rank, status in ended.items() if status is not None)
             raise ReplicaLostError(f"{error} (exit status: {statuses})" if statuses else str(error)) from error
 
     def _find_dead(self) -> str | None:
-        for rank, process in enumerate(self._processes):
+        for rank, process in self._processes.items():
             if process.poll() is not None:
                 return f"rank {rank} (pid {process.pid}) exited with status {process.returncode} before it could dial"
         return None
 
-    def _end(self) -> None:
-        for process in self._processes:
+    def _end(self, ranks: Sequence[int]) -> None:
+        processes = [self._processes.pop(rank) for rank in ranks]
+        for process in processes:
             assert process.stdin is not None, "opened as a pipe"
             process.stdin.close()
         deadline = time.monotonic() + EXIT_S
-        for process in self._processes:
+        for process in processes:
             try:
                 process.wait(max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-        self._processes = []
 
 
 def _start(bootstrap: Bootstrap) -> "subprocess.Popen[bytes]":

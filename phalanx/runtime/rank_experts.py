@@ -1,0 +1,259 @@
+"""A rank's expert weights on the move and its expert groups: what `ExpertStep`, `Prepare`, `Enter` and `Discard` do.
+
+    make before break:  slot of another rank --(beside steps)--> staging row here --(flip, between steps)--> slot here
+
+Groups of the next generation are built in a thread while the current one serves.
+"""
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from phalanx.errors import ReplicaLostError
+from phalanx.kernels import memory
+from phalanx.kernels.experts import Experts
+from phalanx.moe.group import ExpertGroup
+from phalanx.moe.placement.types import LayerPlacement
+from phalanx.parallel import calibration, membership, rendezvous
+from phalanx.parallel.membership import Membership
+from phalanx.parallel.mesh import Mesh
+from phalanx.parallel.topology import EpTopology
+from phalanx.runtime.plan import (
+    Enter,
+    ExpertLoad,
+    ExpertStep,
+    Flip,
+    Move,
+    MovesDone,
+    PlanError,
+    Prepare,
+    Prepared,
+    RankMessage,
+)
+from phalanx.runtime.rank_spec import ExpertOrders, RankSpec
+
+TRAILER = 32
+"""Bytes after a row on the wire: two checksums, the logical expert, the layer; i64 each."""
+
+
+class _Arrival(NamedTuple):
+    move: Move
+    wait: Callable[[], Tensor]
+
+
+class RankExperts:
+    """The expert side of one rank.
+
+    Args:
+        spec: of the rank; its `experts` are set.
+        mesh: of the rank.
+        first_layer: the stage's first MoE layer, counted over the MoE layers of the model.
+        send: takes messages for the engine, from any thread.
+
+    Raises:
+        ReplicaLostError: the other ranks are not there in time.
+    """
+
+    def __init__(self, spec: RankSpec, mesh: Mesh, first_layer: int, send: Callable[[RankMessage], None]) -> None:
+        assert spec.experts is not None
+        orders: ExpertOrders = spec.experts
+        self._spec, self._orders, self._mesh, self._send = spec, orders, mesh, send
+        self._first_layer = first_layer
+        self._lock = threading.Lock()
+        self._prepared: dict[int, Membership] = {}
+        self._discarded = -1
+        self._current: Membership | None = None
+        self._rows: list[Tensor] = []
+        self._staging = torch.empty(0, dtype=torch.uint8)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="expert-mover")
+        topology = EpTopology.of_names(orders.nodes)
+        self.group = ExpertGroup(
+            topology,
+            self._rank_of(mesh.coordinate.dp),
+            [LayerPlacement(0, tuple(table)) for table in orders.placements],
+            orders.slots_per_rank,
+            exact=orders.exact,
+            device=mesh.device,
+            choose=spec.choose,
+        )
+        self.fabric: list[float] = []
+        if topology.num_ranks > 1 and not orders.joins_later:
+            self._current = self._build(orders.generation, topology, self.group.rank)
+            self.group.enter(self._current.transport, self.group.placements)
+            if orders.calibrate:
+                self.fabric = calibration.measure(self._current.transport, mesh.device)
+
+    def attach(self, experts: Sequence[Experts]) -> None:
+        """Take the weights of the stage's MoE layers, loaded already; they are moved from and into."""
+        self._rows = [one.rows for one in experts]
+        widest = max(rows.shape[1] for rows in self._rows)
+        shape = (self._orders.staging_rows, widest + TRAILER)
+        self._staging = memory.empty(shape, torch.uint8, self._mesh.device)
+
+    def begin(self, step: ExpertStep) -> None:
+        """Before a step's forward: switch the layers that flip, and let rows travel.
+
+        Raises:
+            PlanError: a layer, slot or staging row out of range.
+        """
+        for flip in step.flips:
+            if self._is_mine(flip.layer):
+                self._flip(flip)
+        if step.moves:
+            self._move([move for move in step.moves if self._is_mine(move.layer)])
+
+    def report(self, num_dropped: int) -> None:
+        """Send the loads counted since the last report."""
+        counts = [layer.astype("<i8").tobytes() for layer in self.group.load.drain()]
+        self._send(ExpertLoad(self._spec.rank, self._first_layer, counts, num_dropped))
+
+    def prepare(self, order: Prepare) -> None:
+        """Build the groups of another generation in a thread; the answer goes out when they are there."""
+        threading.Thread(target=self._prepare, args=(order,), name="expert-group", daemon=True).start()
+
+    def enter(self, order: Enter) -> int:
+        """Switch to a prepared generation; returns this rank's dp rank in it.
+
+        Raises:
+            PlanError: it was not prepared.
+        """
+        with self._lock:
+            new = self._prepared.pop(order.generation, None)
+        if new is None:
+            raise PlanError(f"rank {self._spec.rank} has no groups of generation {order.generation}")
+        old, self._current = self._current, new
+        self.group.enter(new.transport, [LayerPlacement(0, tuple(table)) for table in order.placements])
+        if old is not None:
+            old.destroy()
+        return self.group.rank // self._mesh.shape.tp
+
+    def discard(self, generation: int) -> None:
+        """Give up a generation, built or not."""
+        with self._lock:
+            self._discarded = max(self._discarded, generation)
+            prepared = self._prepared.pop(generation, None)
+        if prepared is not None:
+            prepared.destroy()
+
+    def leave(self) -> None:
+        """Close the current groups at once, so that a peer which still waits in them wakes up."""
+        old, self._current = self._current, None
+        if old is not None:
+            old.destroy()
+
+    def close(self) -> None:
+        """Leave all groups."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+        self.leave()
+        for generation in list(self._prepared):
+            self.discard(generation)
+
+    def _rank_of(self, dp_rank: int) -> int:
+        return dp_rank * self._mesh.shape.tp + self._mesh.coordinate.tp
+
+    def _build(self, generation: int, topology: EpTopology, rank: int) -> Membership:
+        return membership.build(
+            rendezvous.connect_store(self._spec.store, self._spec.timeout_s),
+            prefix=f"experts/{self._mesh.coordinate.pp}",
+            generation=generation,
+            topology=topology,
+            rank=rank,
+            device=self._mesh.device,
+            timeout_s=self._spec.timeout_s,
+            interface=self._spec.interface or None,
+        )
+
+    def _prepare(self, order: Prepare) -> None:
+        error = ""
+        try:
+            built = self._build(order.generation, EpTopology.of_names(order.nodes), self._rank_of(order.dp_rank))
+        except ReplicaLostError as failure:
+            error = str(failure)
+        else:
+            with self._lock:
+                keep = order.generation > self._discarded
+                if keep:
+                    self._prepared[order.generation] = built
+            if not keep:
+                built.destroy()
+                error = "discarded"
+        self._send(Prepared(self._spec.rank, order.generation, error))
+
+    def _is_mine(self, layer: int) -> bool:
+        return 0 <= layer - self._first_layer < len(self._rows)
+
+    def _flip(self, flip: Flip) -> None:
+        layer, per_rank = flip.layer - self._first_layer, self.group.slots_per_rank
+        rows = self._rows[layer]
+        for staging, slot in zip(flip.copies[::2], flip.copies[1::2], strict=True):
+            if slot // per_rank == self.group.rank:
+                rows[slot % per_rank].copy_(self._staging[staging, : rows.shape[1]])
+        self.group.flip(layer, LayerPlacement(flip.version, tuple(flip.physical_to_logical)))
+
+    def _move(self, moves: list[Move]) -> None:
+        """Post all sends and receives of a step at once; a thread waits for them."""
+        per_rank, me = self.group.slots_per_rank, self.group.rank
+        done: list[Move] = []
+        arrivals: list[_Arrival] = []
+        sends: list[Callable[[], Tensor]] = []
+        for move in moves:
+            source, target = move.source // per_rank, move.target // per_rank
+            if me not in (source, target):
+                continue
+            if me == target and not 0 <= move.staging < len(self._staging):
+                raise PlanError(f"move {move.id}: staging row {move.staging} is not one of {len(self._staging)}")
+            width = self._rows[move.layer - self._first_layer].shape[1] + TRAILER
+            if me == source:
+                sealed = self._sealed(move)
+                if me == target:
+                    self._staging[move.staging, :width].copy_(sealed)
+                    done.append(move)
+                else:
+                    assert self._current is not None
+                    sends.append(self._current.mover.send(sealed, target, move.id).wait)
+            else:
+                assert self._current is not None
+                place = self._staging[move.staging, :width]
+                arrivals.append(_Arrival(move, self._current.mover.receive(place, source, move.id).wait))
+        if done or arrivals or sends:
+            self._thread.submit(self._finish, done, arrivals, sends)
+
+    def _finish(self, done: list[Move], arrivals: list[_Arrival], sends: list[Callable[[], Tensor]]) -> None:
+        """Runs in the mover's thread: wait, verify, acknowledge."""
+        try:
+            for arrival in arrivals:
+                arrival.wait()
+                done.append(arrival.move)
+            for wait in sends:
+                wait()
+        except ReplicaLostError:
+            return  # the step fails, too, and says so
+        failed = [move.id for move in done if not self._is_sound(move)]
+        if done:
+            self._send(MovesDone(self._spec.rank, [move.id for move in done if move.id not in failed], failed))
+
+    def _sealed(self, move: Move) -> Tensor:
+        """A row and its trailer, in memory of its own."""
+        layer = move.layer - self._first_layer
+        row = self._rows[layer][move.source % self.group.slots_per_rank]
+        expert = self.group.placements[layer].physical_to_logical[move.source]
+        return torch.cat([row, _trailer(row, expert, move.layer)])
+
+    def _is_sound(self, move: Move) -> bool:
+        layer = move.layer - self._first_layer
+        width = self._rows[layer].shape[1]
+        row, trailer = self._staging[move.staging, :width], self._staging[move.staging, width : width + TRAILER]
+        expert = self.group.placements[layer].physical_to_logical[move.source]
+        return torch.equal(trailer, _trailer(row, expert, move.layer))
+
+
+def _trailer(row: Tensor, expert: int, layer: int) -> Tensor:
+    """Sum and position-weighted sum of the row's 32-bit words, modulo 2^64, and what the row claims to be."""
+    words = row[: row.numel() // 4 * 4].view(torch.int32).long()
+    weights = torch.arange(1, words.numel() + 1, device=row.device)
+    ends = torch.tensor([expert, layer], device=row.device)
+    return torch.cat([words.sum().view(1), (words * weights).sum().view(1), ends]).view(torch.uint8)
