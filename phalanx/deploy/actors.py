@@ -55,16 +55,20 @@ class EngineActor:
         """Wait for the ranks, then serve; returns the reason of an orderly end, raises the first failure."""
         plan = plans.decode(self._orders.plan)
         config = engine_config(plan)
-        executor = LinkExecutor(self._listener, config.rank_specs(self._store_address, self._orders.interface))
-        self._listener.close()
+        store, interface = self._store_address, self._orders.interface
+        executor = LinkExecutor(
+            self._listener,
+            config.shape.world_size,
+            lambda nodes: config.rank_specs(store, nodes, interface),
+        )
         slowest = {
-            phase: max(ready.startup_s.get(phase, 0.0) for ready in executor.ready)
+            phase: max(ready.startup_s.get(phase, 0.0) for ready in executor.ready.values())
             for phase in executor.ready[0].startup_s
         }
-        engine = Engine(config, executor)
+        engine = Engine(config, executor, store, interface)
         ranks = [
             f"rank {ready.rank} ({_where(ready.rank, plan)}) node {ready.node} pid {ready.pid} {ready.device}"
-            for ready in executor.ready
+            for _, ready in sorted(executor.ready.items())
         ]
         hello = Hello(
             version=VERSION,

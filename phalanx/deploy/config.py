@@ -28,6 +28,8 @@ from phalanx.deploy.fields import (
 )
 from phalanx.deploy.yaml_source import MAX_BYTES, Complaint, Mark, read_tree, refuse
 from phalanx.errors import ConfigError
+from phalanx.moe.spec import CapacitySpec
+from phalanx.runtime.expert_config import ExpertOptions
 
 Auto = Literal["auto"]
 
@@ -128,6 +130,77 @@ class KvConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RebalanceConfig:
+    """Moving experts to where the load is, while serving.
+
+    Attributes:
+        interval_steps: steps between looks at the load; 0 = never.
+        max_moved: share of the expert slots that one rebalancing may move.
+    """
+
+    interval_steps: Annotated[int, integer(0, 2**31)] = 3000
+    max_moved: Annotated[float, number(0.0, 1.0)] = 0.1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CapacityConfig:
+    """A limit of tokens per expert, counted per request; it makes answers depend on how a prompt is cut into steps.
+
+    Attributes:
+        factor: an expert takes at most `ceil(factor * top_k * tokens / experts)` of a request's tokens; off = all.
+        min_capacity: at least so many.
+        priority: who stays: earlier tokens (fifo), surer tokens (bpr), or larger weights (probs).
+        overflow: a choice without room is dropped, or goes to the next best expert.
+    """
+
+    factor: Annotated[float | Literal["off"], either(number(0.0, 1024.0), "off")] = "off"
+    min_capacity: Annotated[int, integer(1, 2**20)] = 1
+    priority: Annotated[Literal["fifo", "bpr", "probs"], one_of("fifo", "bpr", "probs")] = "fifo"
+    overflow: Annotated[Literal["drop", "next"], one_of("drop", "next")] = "drop"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MoeConfig:
+    """Experts, spread over the data x tensor ranks of each pipeline stage; only for mixture-of-experts models.
+
+    Attributes:
+        dispatch: how tokens travel to their experts; auto = the cheapest for each step, by a cost model that is
+            calibrated on the cluster's network.
+        exact: answers have the same bits whatever the placement of the experts and the dispatcher.
+        redundant_experts: expert slots beyond one per expert, for balance and for the loss of a rank.
+        node_size: ranks that the two-hop exchange takes for a node; 0 = Ray's nodes.
+        on_rank_loss: restart the replica, or shrink: go on without the rank if every expert has another replica.
+    """
+
+    dispatch: Annotated[str, one_of("auto", "local", "allgather", "flat", "two_hop")] = "auto"
+    exact: Annotated[bool, boolean()] = False
+    redundant_experts: Annotated[int, integer(0, 2**16)] = 0
+    node_size: Annotated[int, integer(0, 1024)] = 0
+    on_rank_loss: Annotated[Literal["restart", "shrink"], one_of("restart", "shrink")] = "restart"
+    rebalance: RebalanceConfig = field(default_factory=RebalanceConfig)
+    capacity: CapacityConfig = field(default_factory=CapacityConfig)
+
+    @property
+    def options(self) -> ExpertOptions:
+        """For the engine."""
+        limit = self.capacity
+        return ExpertOptions(
+            dispatch=self.dispatch,
+            exact=self.exact,
+            redundant_experts=self.redundant_experts,
+            node_size=self.node_size,
+            on_rank_loss=self.on_rank_loss,
+            rebalance_interval=self.rebalance.interval_steps,
+            max_moved=self.rebalance.max_moved,
+            capacity=None
+            if isinstance(limit.factor, str)
+            else CapacitySpec(
+                factor=limit.factor, min_capacity=limit.min_capacity, priority=limit.priority, overflow=limit.overflow
+            ),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ServerConfig:
     """The controller.
 
@@ -176,6 +249,7 @@ class ClusterConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     kv: KvConfig = field(default_factory=KvConfig)
+    moe: MoeConfig = field(default_factory=MoeConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
     workers: WorkersConfig = field(default_factory=WorkersConfig)
     kernels: Annotated[Mapping[str, str], MapOf(NAME, NAME)] = field(default_factory=dict)

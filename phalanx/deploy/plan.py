@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from phalanx.deploy.config import RayConfig, ServerConfig
+from phalanx.deploy.config import MoeConfig, RayConfig, ServerConfig
 from phalanx.errors import ConfigError
 from phalanx.parallel.mesh import MeshShape
 
@@ -116,6 +116,7 @@ class DeploymentPlan:
     parallel: ParallelPlan
     scheduler: SchedulerPlan
     kv: KvPlan
+    moe: MoeConfig
     server: ServerConfig
     workers: WorkersPlan
     kernels: dict[str, str]

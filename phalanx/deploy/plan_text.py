@@ -14,7 +14,7 @@ from phalanx.deploy.fields import BYTE_UNITS
 from phalanx.deploy.plan import DeploymentPlan, RankPlan
 from phalanx.runtime.memory import readable
 
-SECTIONS = ("model", "ray", "device", "replicas", "parallel", "scheduler", "kv", "server", "workers", "kernels")
+SECTIONS = ("model", "ray", "device", "replicas", "parallel", "scheduler", "kv", "moe", "server", "workers", "kernels")
 
 
 def plan_text(plan: DeploymentPlan, width: int = 100) -> str:

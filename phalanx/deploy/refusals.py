@@ -5,8 +5,9 @@ from typing import NamedTuple
 
 from phalanx.deploy.config import ClusterConfig
 from phalanx.deploy.hardware import Hardware
-from phalanx.models.spec import DecoderConfig
+from phalanx.models.spec import AttentionSpec, DecoderConfig, MlpSpec
 from phalanx.parallel.mesh import MeshShape
+from phalanx.runtime.expert_config import ExpertConfig
 from phalanx.runtime.memory import ITEMSIZE
 
 MAX_TENSOR = 128
@@ -108,15 +109,26 @@ def even_divisions(model: DecoderConfig, shape: MeshShape, stage_layers: tuple[i
     yield f"layers {len(model.layers)} = {' + '.join(map(str, stage_layers))}"
 
 
+def expert_slots(experts: ExpertConfig | None, shape: MeshShape) -> Iterator[str]:
+    """How the experts of an accepted layout lie on the ranks of a stage."""
+    if experts is not None:
+        group, slots = shape.dp * shape.tp, experts.slots_per_rank
+        most = max(experts.num_experts)
+        yield (
+            f"experts {most} on {group} ranks x {slots} slots = {group * slots} ({group * slots - most} redundant); "
+            f"the group can shrink to data {-(-most // (slots * shape.tp))}"
+        )
+
+
 def _divisions(model: DecoderConfig) -> list[Division]:
     """Distinct counts over all layers."""
-    found = [
-        division
-        for layer in model.layers
-        for division in (
-            Division("num_heads", layer.attention.num_heads, False),
-            Division("num_kv_heads", layer.attention.num_kv_heads, True),
-            Division("intermediate_size", layer.mlp.intermediate_size, False),
-        )
-    ]
+    found = []
+    for layer in model.layers:
+        found.append(Division("num_heads", layer.attention.num_heads, False))
+        if isinstance(layer.attention, AttentionSpec):
+            found.append(Division("num_kv_heads", layer.attention.num_kv_heads, True))
+        if isinstance(layer.mlp, MlpSpec):
+            found.append(Division("intermediate_size", layer.mlp.intermediate_size, False))
+        elif layer.mlp.shared is not None:
+            found.append(Division("shared expert's intermediate_size", layer.mlp.shared.intermediate_size, False))
     return list(dict.fromkeys(found))

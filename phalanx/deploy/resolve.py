@@ -15,11 +15,12 @@ from phalanx.deploy.plan import (
     SchedulerPlan,
     WorkersPlan,
 )
-from phalanx.deploy.refusals import count_room, even_divisions, model_problems, seat_problems
+from phalanx.deploy.refusals import count_room, even_divisions, expert_slots, model_problems, seat_problems
 from phalanx.errors import ConfigError
 from phalanx.models.spec import DecoderConfig
 from phalanx.parallel.mesh import MeshShape
 from phalanx.parallel.pipeline import split_layers
+from phalanx.runtime.expert_config import resolve_experts
 from phalanx.runtime.memory import ITEMSIZE, Batch, Share, StageBytes, cpu_share, gpu_share, size_pool, stage_bytes
 
 MAX_GPU_RANK_THREADS = 8
@@ -63,8 +64,10 @@ def resolve(config: ClusterConfig, hardware: Hardware, model: DecoderConfig) -> 
     block_size = _number(config.kv.block_size) or (64 if is_cuda else 16)
     max_batch_tokens = _number(scheduler.max_batch_tokens) or (8192 if is_cuda else 512)
     batch = Batch(max_batch_tokens, scheduler.max_sequences)
+    experts = resolve_experts(model, shape, ranges, ITEMSIZE[dtype], config.moe.options)
+    slots = None if experts is None else experts.slots_per_rank
     needs = [
-        stage_bytes(model, shape, stage, layers, ITEMSIZE[dtype], block_size, batch)
+        stage_bytes(model, shape, stage, layers, ITEMSIZE[dtype], block_size, batch, slots)
         for stage, layers in enumerate(ranges)
     ]
     seats = seat_ranks(shape, config.replicas, room.groups, spread=not is_cuda)
@@ -104,11 +107,12 @@ def resolve(config: ClusterConfig, hardware: Hardware, model: DecoderConfig) -> 
             cpu_memory=config.kv.cpu_memory,
             prefix_cache=config.kv.prefix_cache,
         ),
+        moe=config.moe,
         server=config.server,
         workers=WorkersPlan(threads=_number(config.workers.threads) or threads),
         kernels=dict(config.kernels),
         ranks=tuple(_rank(tenant, pool.num_blocks) for tenant in tenants),
-        checks=tuple(even_divisions(model, shape, stage_layers)),
+        checks=(*even_divisions(model, shape, stage_layers), *expert_slots(experts, shape)),
     )
 
 

@@ -116,6 +116,10 @@ class Engine:
         """
         return self.mesh.scale(op_id, data, now)
 
+    def abort_scale(self, op_id: str, reason: str, now: float) -> None:
+        """Take an operation back, if it is the one under way and has not been committed."""
+        self.mesh.abort(op_id, reason, now)
+
     @property
     def limit(self) -> int:
         """Tokens one request may have, prompt and output together."""

@@ -1,7 +1,7 @@
 """Frames between the controller and an engine, and their codec.
 
-    controller -> engine   Welcome  Place  Abort  Shutdown
-    engine -> controller   Hello  TokenEvents  Heartbeat  Failed
+    controller -> engine   Welcome  Place  Abort  Shutdown  AskScale  Scale  AbortScale
+    engine -> controller   Hello  TokenEvents  Heartbeat  Failed  ScaleEstimate  ScaleState
 
 A frame is a msgpack array `[kind, field, ...]`; `kind` selects the class in one table (the `Frame` union), every
 field is type-checked while decoding, no pickle anywhere. The same classes are called directly when engine and front
@@ -15,6 +15,7 @@ from msgspec import Meta
 
 from phalanx.errors import PhalanxError
 from phalanx.runtime.sampling_params import SamplingParams
+from phalanx.runtime.scaling import Phase
 
 VERSION = 1
 MAX_FRAME_BYTES = 256 * 2**20
@@ -67,6 +68,27 @@ class Abort(msgspec.Struct, frozen=True, array_like=True, tag=3):
 class Shutdown(msgspec.Struct, frozen=True, array_like=True, tag=4):
     """End the engine: fenced, or the deployment goes down."""
 
+    reason: str
+
+
+class AskScale(msgspec.Struct, frozen=True, array_like=True, tag=5):
+    """What would another number of dp ranks take? Answered by `ScaleEstimate` with the same `call`; changes nothing."""
+
+    call: int
+    data: int
+
+
+class Scale(msgspec.Struct, frozen=True, array_like=True, tag=6):
+    """Begin to change the number of dp ranks; `ScaleState` frames tell how it goes."""
+
+    op_id: str
+    data: int
+
+
+class AbortScale(msgspec.Struct, frozen=True, array_like=True, tag=7):
+    """Take an operation back; ignored once it is committed or over."""
+
+    op_id: str
     reason: str
 
 
@@ -161,7 +183,80 @@ class Failed(msgspec.Struct, frozen=True, array_like=True, tag=14):
     error: str
 
 
-Frame = Welcome | Place | Abort | Shutdown | Hello | TokenEvents | Heartbeat | Failed
+class StageBytes(msgspec.Struct, frozen=True, array_like=True):
+    """Bytes that each rank of a pipeline stage holds after scaling; a new rank reads the first two from disk."""
+
+    dense: int
+    experts: int
+    workspace: int
+    kv: int
+
+
+class ScaleEstimate(msgspec.Struct, frozen=True, array_like=True, tag=15):
+    """What an operation would do; estimated, as the plan of a deployment is.
+
+    Attributes:
+        call: of the `AskScale`.
+        refusal: why it cannot be, with the numbers; "" = it can.
+        generation: of the expert groups now; what was estimated for another one is outdated.
+        old, new: dp ranks before and after.
+        pp, tp: ranks of one dp rank.
+        slots_per_rank: physical expert slots.
+        num_experts: of the MoE layer that has most.
+        stages: what a rank of each pipeline stage holds.
+        moved_rows, moved_bytes: experts that travel between ranks before others may leave, over all MoE layers.
+    """
+
+    call: int
+    refusal: str
+    generation: int
+    old: int
+    new: int
+    pp: int
+    tp: int
+    slots_per_rank: int
+    num_experts: int
+    stages: list[StageBytes]
+    moved_rows: int
+    moved_bytes: int
+
+
+class ScaleState(msgspec.Struct, frozen=True, array_like=True, tag=16):
+    """How an operation goes: sent when it begins and whenever its phase changes.
+
+    Attributes:
+        op_id: the controller's, or one of the engine's own after it lost a rank.
+        detail: why it was aborted.
+        data: dp ranks that serve now.
+        wanted: ranks to be started, one list per dp rank; they dial the engine.
+        gone: ranks that are not needed any more.
+        ranks: as in `Hello`, when the operation has changed who serves.
+    """
+
+    op_id: str
+    phase: Phase
+    detail: str
+    data: int
+    wanted: list[list[int]]
+    gone: list[int]
+    ranks: list[str]
+
+
+Frame = (
+    Welcome
+    | Place
+    | Abort
+    | Shutdown
+    | AskScale
+    | Scale
+    | AbortScale
+    | Hello
+    | TokenEvents
+    | Heartbeat
+    | Failed
+    | ScaleEstimate
+    | ScaleState
+)
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[Frame] = msgspec.msgpack.Decoder(Frame)

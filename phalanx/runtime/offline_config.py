@@ -61,7 +61,7 @@ class MoeSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     dispatch: Literal["auto", "local", "allgather", "flat", "two_hop"] = "auto"
     exact: bool = False
     redundant_experts: int = 0
-    node_size: int | Auto = "auto"
+    node_size: int = 0
     on_rank_loss: Literal["restart", "shrink"] = "restart"
     rebalance: RebalanceSection = RebalanceSection()
     capacity: CapacitySection = CapacitySection()
@@ -105,13 +105,14 @@ def resolve_offline(
     max_batch_tokens = _choose(batch.max_batch_tokens, 8192 if is_cuda else 512)
     ranges = split_layers(len(model.layers), shape.pp, tuple(stage_layers) if stage_layers else None)
     experts = resolve_experts(model, shape, ranges, ITEMSIZE[dtype], expert_options)
+    slots = None if experts is None else experts.slots_per_rank
     limits = Batch(max_batch_tokens, batch.max_sequences)
     if is_cuda:
         share = gpu_share(torch.cuda.mem_get_info()[0], pool.gpu_fraction)
     else:
         share = cpu_share(psutil.virtual_memory().available, shape.world_size)
     stages = [
-        (stage_bytes(model, shape, stage, layers, ITEMSIZE[dtype], block_size, limits), share)
+        (stage_bytes(model, shape, stage, layers, ITEMSIZE[dtype], block_size, limits, slots), share)
         for stage, layers in enumerate(ranges)
     ]
     spec = size_pool(
@@ -142,10 +143,10 @@ def resolve_offline(
 def _expert_options(section: MoeSection) -> ExpertOptions:
     for name, value, low, high in (
         ("moe.redundant_experts", section.redundant_experts, 0, 2**16),
-        ("moe.node_size", section.node_size, 1, 1024),
+        ("moe.node_size", section.node_size, 0, 1024),
         ("moe.rebalance.interval_steps", section.rebalance.interval_steps, 0, 2**31),
     ):
-        if value != "auto" and not low <= value <= high:
+        if not low <= value <= high:
             raise ConfigError(f"{name} ({value!r}) must be an integer from {low} to {high}")
     if not 0 < section.rebalance.max_moved <= 1:
         raise ConfigError(f"moe.rebalance.max_moved ({section.rebalance.max_moved}) must be a number in (0, 1]")
@@ -158,7 +159,7 @@ def _expert_options(section: MoeSection) -> ExpertOptions:
         dispatch=section.dispatch,
         exact=section.exact,
         redundant_experts=section.redundant_experts,
-        node_size=0 if section.node_size == "auto" else section.node_size,
+        node_size=section.node_size,
         on_rank_loss=section.on_rank_loss,
         rebalance_interval=section.rebalance.interval_steps,
         max_moved=section.rebalance.max_moved,

@@ -80,8 +80,19 @@ class ReplicaMesh:
 
     @property
     def is_busy(self) -> bool:
-        """Steps are wanted although no request runs: a migration or an operation goes on beside them."""
-        return (self.planner is not None and self.planner.is_migrating) or (self.op is not None and not self.op.is_over)
+        """Steps are wanted although no request runs: rows migrate with them. The rest of an operation needs none."""
+        return self.planner is not None and self.planner.is_migrating
+
+    @property
+    def seats(self) -> dict[int, Coordinate]:
+        """Place of every member in the mesh, in dp order; it changes with the generation."""
+        pp, tp = self.config.shape.pp, self.config.shape.tp
+        places = [(stage, index) for stage in range(pp) for index in range(tp)]
+        return {
+            rank: Coordinate(pp=stage, dp=dp_rank, tp=index)
+            for dp_rank, unit in enumerate(self.units)
+            for rank, (stage, index) in zip(self._ranks_of[unit], places, strict=True)
+        }
 
     def stamp(self, plan: StepPlan) -> StepPlan:
         """Add generation and expert fields to a plan."""
@@ -110,6 +121,11 @@ class ReplicaMesh:
         self._next_unit = max(self._next_unit, max(units) + 1)
         assert experts is not None
         return self._begin(op_id, units, now, is_repair=False)
+
+    def abort(self, op_id: str, reason: str, now: float) -> None:
+        """Take an operation back, if it is the one under way and has not been committed."""
+        if self.op is not None and self.op.goal.op_id == op_id and not self.op.is_over:
+            self._carry_out(self.op, self.op.abort(reason), now)
 
     def check_target(self, target: int) -> ExpertPlanner:
         """Whether the group could have this size.
@@ -226,15 +242,23 @@ class ReplicaMesh:
                 case Fail(reason):
                     raise ReplicaLostError(reason)
 
+    def evacuation(self, units: Sequence[int]) -> dict[int, LayerPlacement]:
+        """Where each MoE layer has to go so that these of the units hold every expert.
+
+        Raises:
+            ConfigError: they have too few slots.
+        """
+        assert self.planner is not None
+        kept, per_rank = self._ranks_kept(self.units, units), self.planner.config.slots_per_rank
+        topologies = [self.planner.topologies[stage] for stage in self.planner.config.stage_of]
+        return {
+            layer: shrink_target(placement, topologies[layer], kept, slots_per_rank=per_rank)
+            for layer, placement in enumerate(self.planner.placements)
+        }
+
     def _evacuate(self, goal: ScaleGoal) -> None:
         assert self.planner is not None
-        kept = self._kept_ranks(goal)
-        targets = {}
-        for layer, placement in enumerate(self.planner.placements):
-            topology = self.planner.topologies[self.planner.config.stage_of[layer]]
-            per_rank = self.planner.config.slots_per_rank
-            targets[layer] = shrink_target(placement, topology, kept, slots_per_rank=per_rank)
-        self.planner.migrate(targets)
+        self.planner.migrate(self.evacuation(goal.new))
 
     def _is_evacuated(self, op: ScaleOp) -> bool:
         assert self.planner is not None
@@ -248,8 +272,11 @@ class ReplicaMesh:
 
     def _kept_ranks(self, goal: ScaleGoal) -> list[int]:
         """Ranks of the current expert groups that stay."""
+        return self._ranks_kept(goal.old, goal.new)
+
+    def _ranks_kept(self, old: Sequence[int], new: Sequence[int]) -> list[int]:
         tp = self.config.shape.tp
-        return [index * tp + i for index, unit in enumerate(goal.old) if unit in goal.new for i in range(tp)]
+        return [index * tp + i for index, unit in enumerate(old) if unit in new for i in range(tp)]
 
     def _build(self, goal: ScaleGoal) -> None:
         for dp_rank, unit in enumerate(goal.new):

@@ -204,7 +204,7 @@ def test_defaults_are_those_of_the_design_page() -> None:
     assert defaults["server.max_message"] == 16 * 2**20
     assert isinstance(defaults["kernels"], Mapping)
     auto = [key for key, value in defaults.items() if value == "auto"]
-    assert len(auto) == 9
+    assert len(auto) == 10
 
 
 def test_files(tmp_path: Path) -> None:

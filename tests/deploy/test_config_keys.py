@@ -24,6 +24,17 @@ kv.num_blocks
 kv.block_size
 kv.cpu_memory
 kv.prefix_cache
+moe.dispatch
+moe.exact
+moe.redundant_experts
+moe.node_size
+moe.on_rank_loss
+moe.rebalance.interval_steps
+moe.rebalance.max_moved
+moe.capacity.factor
+moe.capacity.min_capacity
+moe.capacity.priority
+moe.capacity.overflow
 server.listen
 server.metrics
 server.engine_listen

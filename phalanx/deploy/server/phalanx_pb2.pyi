@@ -268,7 +268,7 @@ class StatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class ReplicaStatus(_message.Message):
-    __slots__ = ("replica", "state", "incarnation", "ranks", "num_jobs", "num_running", "num_waiting", "num_free_blocks", "num_total_blocks", "block_size", "startup_s", "max_model_len", "max_request_tokens", "error", "num_preemptions", "prefix_queries", "prefix_hits", "num_generated_tokens")
+    __slots__ = ("replica", "state", "incarnation", "ranks", "num_jobs", "num_running", "num_waiting", "num_free_blocks", "num_total_blocks", "block_size", "startup_s", "max_model_len", "max_request_tokens", "error", "num_preemptions", "prefix_queries", "prefix_hits", "num_generated_tokens", "data", "scale")
     class StartupSEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -294,6 +294,8 @@ class ReplicaStatus(_message.Message):
     PREFIX_QUERIES_FIELD_NUMBER: _ClassVar[int]
     PREFIX_HITS_FIELD_NUMBER: _ClassVar[int]
     NUM_GENERATED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    SCALE_FIELD_NUMBER: _ClassVar[int]
     replica: int
     state: str
     incarnation: int
@@ -312,7 +314,9 @@ class ReplicaStatus(_message.Message):
     prefix_queries: int
     prefix_hits: int
     num_generated_tokens: int
-    def __init__(self, replica: _Optional[int] = ..., state: _Optional[str] = ..., incarnation: _Optional[int] = ..., ranks: _Optional[_Iterable[str]] = ..., num_jobs: _Optional[int] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., num_total_blocks: _Optional[int] = ..., block_size: _Optional[int] = ..., startup_s: _Optional[_Mapping[str, float]] = ..., max_model_len: _Optional[int] = ..., max_request_tokens: _Optional[int] = ..., error: _Optional[str] = ..., num_preemptions: _Optional[int] = ..., prefix_queries: _Optional[int] = ..., prefix_hits: _Optional[int] = ..., num_generated_tokens: _Optional[int] = ...) -> None: ...
+    data: int
+    scale: ReplicaScale
+    def __init__(self, replica: _Optional[int] = ..., state: _Optional[str] = ..., incarnation: _Optional[int] = ..., ranks: _Optional[_Iterable[str]] = ..., num_jobs: _Optional[int] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., num_total_blocks: _Optional[int] = ..., block_size: _Optional[int] = ..., startup_s: _Optional[_Mapping[str, float]] = ..., max_model_len: _Optional[int] = ..., max_request_tokens: _Optional[int] = ..., error: _Optional[str] = ..., num_preemptions: _Optional[int] = ..., prefix_queries: _Optional[int] = ..., prefix_hits: _Optional[int] = ..., num_generated_tokens: _Optional[int] = ..., data: _Optional[int] = ..., scale: _Optional[_Union[ReplicaScale, _Mapping]] = ...) -> None: ...
 
 class JobCounts(_message.Message):
     __slots__ = ("queued", "running", "finished")
@@ -351,3 +355,97 @@ class DrainState(_message.Message):
     draining: bool
     jobs: JobCounts
     def __init__(self, draining: _Optional[bool] = ..., jobs: _Optional[_Union[JobCounts, _Mapping]] = ...) -> None: ...
+
+class ScaleTarget(_message.Message):
+    __slots__ = ("data", "replica")
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    REPLICA_FIELD_NUMBER: _ClassVar[int]
+    data: int
+    replica: int
+    def __init__(self, data: _Optional[int] = ..., replica: _Optional[int] = ...) -> None: ...
+
+class StageBytes(_message.Message):
+    __slots__ = ("dense", "experts", "workspace", "kv")
+    DENSE_FIELD_NUMBER: _ClassVar[int]
+    EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    WORKSPACE_FIELD_NUMBER: _ClassVar[int]
+    KV_FIELD_NUMBER: _ClassVar[int]
+    dense: int
+    experts: int
+    workspace: int
+    kv: int
+    def __init__(self, dense: _Optional[int] = ..., experts: _Optional[int] = ..., workspace: _Optional[int] = ..., kv: _Optional[int] = ...) -> None: ...
+
+class ReplicaScalePlan(_message.Message):
+    __slots__ = ("replica", "old", "new", "pipeline", "tensor", "slots_per_rank", "num_experts", "stages", "moved_rows", "moved_bytes", "refusal")
+    REPLICA_FIELD_NUMBER: _ClassVar[int]
+    OLD_FIELD_NUMBER: _ClassVar[int]
+    NEW_FIELD_NUMBER: _ClassVar[int]
+    PIPELINE_FIELD_NUMBER: _ClassVar[int]
+    TENSOR_FIELD_NUMBER: _ClassVar[int]
+    SLOTS_PER_RANK_FIELD_NUMBER: _ClassVar[int]
+    NUM_EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    STAGES_FIELD_NUMBER: _ClassVar[int]
+    MOVED_ROWS_FIELD_NUMBER: _ClassVar[int]
+    MOVED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    REFUSAL_FIELD_NUMBER: _ClassVar[int]
+    replica: int
+    old: int
+    new: int
+    pipeline: int
+    tensor: int
+    slots_per_rank: int
+    num_experts: int
+    stages: _containers.RepeatedCompositeFieldContainer[StageBytes]
+    moved_rows: int
+    moved_bytes: int
+    refusal: str
+    def __init__(self, replica: _Optional[int] = ..., old: _Optional[int] = ..., new: _Optional[int] = ..., pipeline: _Optional[int] = ..., tensor: _Optional[int] = ..., slots_per_rank: _Optional[int] = ..., num_experts: _Optional[int] = ..., stages: _Optional[_Iterable[_Union[StageBytes, _Mapping]]] = ..., moved_rows: _Optional[int] = ..., moved_bytes: _Optional[int] = ..., refusal: _Optional[str] = ...) -> None: ...
+
+class ScalePlan(_message.Message):
+    __slots__ = ("plan_id", "replicas")
+    PLAN_ID_FIELD_NUMBER: _ClassVar[int]
+    REPLICAS_FIELD_NUMBER: _ClassVar[int]
+    plan_id: str
+    replicas: _containers.RepeatedCompositeFieldContainer[ReplicaScalePlan]
+    def __init__(self, plan_id: _Optional[str] = ..., replicas: _Optional[_Iterable[_Union[ReplicaScalePlan, _Mapping]]] = ...) -> None: ...
+
+class ApplyScaleRequest(_message.Message):
+    __slots__ = ("op_id", "data", "replica", "plan_id")
+    OP_ID_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    REPLICA_FIELD_NUMBER: _ClassVar[int]
+    PLAN_ID_FIELD_NUMBER: _ClassVar[int]
+    op_id: str
+    data: int
+    replica: int
+    plan_id: str
+    def __init__(self, op_id: _Optional[str] = ..., data: _Optional[int] = ..., replica: _Optional[int] = ..., plan_id: _Optional[str] = ...) -> None: ...
+
+class ReplicaScale(_message.Message):
+    __slots__ = ("replica", "old", "new", "phase", "detail", "op_id")
+    REPLICA_FIELD_NUMBER: _ClassVar[int]
+    OLD_FIELD_NUMBER: _ClassVar[int]
+    NEW_FIELD_NUMBER: _ClassVar[int]
+    PHASE_FIELD_NUMBER: _ClassVar[int]
+    DETAIL_FIELD_NUMBER: _ClassVar[int]
+    OP_ID_FIELD_NUMBER: _ClassVar[int]
+    replica: int
+    old: int
+    new: int
+    phase: str
+    detail: str
+    op_id: str
+    def __init__(self, replica: _Optional[int] = ..., old: _Optional[int] = ..., new: _Optional[int] = ..., phase: _Optional[str] = ..., detail: _Optional[str] = ..., op_id: _Optional[str] = ...) -> None: ...
+
+class ScaleOperation(_message.Message):
+    __slots__ = ("op_id", "data", "phase", "replicas")
+    OP_ID_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    PHASE_FIELD_NUMBER: _ClassVar[int]
+    REPLICAS_FIELD_NUMBER: _ClassVar[int]
+    op_id: str
+    data: int
+    phase: str
+    replicas: _containers.RepeatedCompositeFieldContainer[ReplicaScale]
+    def __init__(self, op_id: _Optional[str] = ..., data: _Optional[int] = ..., phase: _Optional[str] = ..., replicas: _Optional[_Iterable[_Union[ReplicaScale, _Mapping]]] = ...) -> None: ...

@@ -296,6 +296,16 @@ class ClusterStub:
                 request_serializer=phalanx__pb2.DrainRequest.SerializeToString,
                 response_deserializer=phalanx__pb2.DrainState.FromString,
                 _registered_method=True)
+        self.PlanScale = channel.unary_unary(
+                '/phalanx.v1.Cluster/PlanScale',
+                request_serializer=phalanx__pb2.ScaleTarget.SerializeToString,
+                response_deserializer=phalanx__pb2.ScalePlan.FromString,
+                _registered_method=True)
+        self.ApplyScale = channel.unary_unary(
+                '/phalanx.v1.Cluster/ApplyScale',
+                request_serializer=phalanx__pb2.ApplyScaleRequest.SerializeToString,
+                response_deserializer=phalanx__pb2.ScaleOperation.FromString,
+                _registered_method=True)
 
 
 class ClusterServicer:
@@ -314,6 +324,20 @@ class ClusterServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def PlanScale(self, request, context):
+        """What another number of data-parallel ranks would take, or why it cannot be. Changes nothing.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ApplyScale(self, request, context):
+        """Begin an operation and return at once. Idempotent: the same op_id returns the state of the same operation.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ClusterServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -326,6 +350,16 @@ def add_ClusterServicer_to_server(servicer, server):
                     servicer.Drain,
                     request_deserializer=phalanx__pb2.DrainRequest.FromString,
                     response_serializer=phalanx__pb2.DrainState.SerializeToString,
+            ),
+            'PlanScale': grpc.unary_unary_rpc_method_handler(
+                    servicer.PlanScale,
+                    request_deserializer=phalanx__pb2.ScaleTarget.FromString,
+                    response_serializer=phalanx__pb2.ScalePlan.SerializeToString,
+            ),
+            'ApplyScale': grpc.unary_unary_rpc_method_handler(
+                    servicer.ApplyScale,
+                    request_deserializer=phalanx__pb2.ApplyScaleRequest.FromString,
+                    response_serializer=phalanx__pb2.ScaleOperation.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -382,6 +416,60 @@ class Cluster:
             '/phalanx.v1.Cluster/Drain',
             phalanx__pb2.DrainRequest.SerializeToString,
             phalanx__pb2.DrainState.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PlanScale(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/phalanx.v1.Cluster/PlanScale',
+            phalanx__pb2.ScaleTarget.SerializeToString,
+            phalanx__pb2.ScalePlan.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ApplyScale(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/phalanx.v1.Cluster/ApplyScale',
+            phalanx__pb2.ApplyScaleRequest.SerializeToString,
+            phalanx__pb2.ScaleOperation.FromString,
             options,
             channel_credentials,
             insecure,

@@ -18,6 +18,8 @@ import msgspec
 
 from phalanx.errors import DuplicateRequestError, OverloadedError, UnavailableError, UnknownRequestError
 from phalanx.runtime.controller.events import (
+    ApplyScale,
+    AskScale,
     Attach,
     Cancel,
     Changed,
@@ -27,6 +29,7 @@ from phalanx.runtime.controller.events import (
     Effect,
     Event,
     FrameReceived,
+    GrowFailed,
     LinkLost,
     ReplicaGone,
     ReplicaStarting,
@@ -39,7 +42,19 @@ from phalanx.runtime.controller.fleet import Fleet
 from phalanx.runtime.controller.jobs import Choice, Job, JobRequest
 from phalanx.runtime.controller.meters import Meters
 from phalanx.runtime.controller.replicas import Replica
-from phalanx.runtime.frames import Abort, Failed, FinishReason, Frame, Heartbeat, Hello, TokenEvents, TokenRow
+from phalanx.runtime.controller.scale import Scaling
+from phalanx.runtime.frames import (
+    Abort,
+    Failed,
+    FinishReason,
+    Frame,
+    Heartbeat,
+    Hello,
+    ScaleEstimate,
+    ScaleState,
+    TokenEvents,
+    TokenRow,
+)
 from phalanx.runtime.output import ChoiceOutput
 from phalanx.runtime.policies import least_load
 from phalanx.runtime.sampling_params import SamplingParams
@@ -71,7 +86,7 @@ class CoreConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 class Core:
     """Jobs and replicas of one service.
 
-    `jobs`, `replicas`, `queue`, `meters` and `is_draining` may be read by anybody; only `handle` changes them.
+    `jobs`, `replicas`, `queue`, `scaling`, `meters`, `is_draining` may be read by anybody; only `handle` changes them.
     """
 
     def __init__(
@@ -89,6 +104,7 @@ class Core:
         self._decide = decide
         self._effects: list[Effect] = []
         self._fleet = Fleet(self.meters, self._emit)
+        self.scaling = Scaling(self._fleet.replicas, self._emit)
         self._timers: list[tuple[float, str]] = []
         self._gaps: set[str] = set()
         self._retained: deque[Job] = deque()
@@ -137,6 +153,7 @@ class Core:
         Raises:
             OverloadedError, UnavailableError, DuplicateRequestError, UnknownRequestError: a client's event is
                 refused; nothing has changed.
+            ConfigError, InvalidRequestError: an operator's is.
         """
         match event:
             case Submit(request):
@@ -160,8 +177,16 @@ class Core:
                 self._enqueue(self._fleet.gone(event))
             case SupervisorUp():
                 self._fleet.supervised()
+                self.scaling.supervised()
+            case AskScale():
+                self.scaling.ask(event)
+            case ApplyScale():
+                self.scaling.apply(event)
+            case GrowFailed():
+                self.scaling.failed(event)
             case Tick():
                 self._tick(now)
+        self.scaling.settle()
         self._place_queued(now)
         effects = self._effects[:]
         self._effects.clear()
@@ -170,6 +195,7 @@ class Core:
     def check(self) -> None:
         """All invariants, O(jobs). For tests and idle loops."""
         self._fleet.check()
+        self.scaling.check()
         assert self.queue == sorted(self.queue, key=lambda job: job.queue_key)
         queued = {job.request.request_id for job in self.queue}
         assert len(queued) == len(self.queue)
@@ -254,6 +280,10 @@ class Core:
                 replica.last_heartbeat_at = now
             case Failed():
                 self._enqueue(self._fleet.failed(replica, frame))
+            case ScaleState():
+                self.scaling.report(replica, frame)
+            case ScaleEstimate():
+                self.scaling.answer(replica, frame)
             case _:
                 self.meters.fenced["kind"] += 1
 

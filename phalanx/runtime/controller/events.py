@@ -6,7 +6,7 @@ A link is the shell's number of one open connection of an engine; it is never us
 from typing import NamedTuple
 
 from phalanx.runtime.controller.jobs import JobRequest
-from phalanx.runtime.frames import Frame
+from phalanx.runtime.frames import Frame, ScaleEstimate
 
 
 class Submit(NamedTuple):
@@ -78,6 +78,35 @@ class SupervisorUp(NamedTuple):
     """A supervisor connected; what it has not done yet is asked of it again."""
 
 
+class AskScale(NamedTuple):
+    """Somebody wants to know what scaling a replica to `data` dp ranks would take; `call` is never used twice."""
+
+    call: int
+    replica: int
+    data: int
+
+
+class ApplyScale(NamedTuple):
+    """An operator wants replicas to have `data` dp ranks; the same `op_id` is the same operation.
+
+    Attributes:
+        replicas: numbers of those meant; empty = all.
+    """
+
+    op_id: str
+    data: int
+    replicas: tuple[int, ...] = ()
+
+
+class GrowFailed(NamedTuple):
+    """The supervisor could not start a rank that an operation wants, or saw it die."""
+
+    replica: int
+    incarnation: int
+    op_id: str
+    reason: str
+
+
 class Tick(NamedTuple):
     """Time passed; sent by the shell at least every 100 ms."""
 
@@ -93,6 +122,9 @@ Event = (
     | ReplicaStarting
     | ReplicaGone
     | SupervisorUp
+    | AskScale
+    | ApplyScale
+    | GrowFailed
     | Tick
 )
 
@@ -118,6 +150,38 @@ class Reclaim(NamedTuple):
     cause: str
 
 
+class Start(NamedTuple):
+    """The supervisor may start this incarnation, with so many dp ranks; None = as the plan says."""
+
+    replica: int
+    incarnation: int
+    data: int | None
+
+
+class StartRanks(NamedTuple):
+    """Ask the supervisor for further ranks of a running replica, one tuple per dp rank."""
+
+    replica: int
+    incarnation: int
+    op_id: str
+    units: tuple[tuple[int, ...], ...]
+
+
+class EndRanks(NamedTuple):
+    """Ranks that the engine has let go, or does not want any more: their processes may end."""
+
+    replica: int
+    incarnation: int
+    ranks: tuple[int, ...]
+
+
+class ScaleAnswer(NamedTuple):
+    """What an engine says to `AskScale`; None = it cannot answer any more."""
+
+    call: int
+    estimate: ScaleEstimate | None
+
+
 class Changed(NamedTuple):
     """A job has new output or a new state: wake its readers."""
 
@@ -128,4 +192,4 @@ class Drained(NamedTuple):
     """The controller is draining and its last job has ended."""
 
 
-Effect = Send | Close | Reclaim | Changed | Drained
+Effect = Send | Close | Reclaim | Start | StartRanks | EndRanks | ScaleAnswer | Changed | Drained

@@ -8,7 +8,7 @@ that have left it.
 from collections.abc import Callable
 from typing import NamedTuple
 
-from phalanx.runtime.controller.events import Close, Effect, Reclaim, ReplicaGone, ReplicaStarting, Send
+from phalanx.runtime.controller.events import Close, Effect, Reclaim, ReplicaGone, ReplicaStarting, Send, Start
 from phalanx.runtime.controller.jobs import Job
 from phalanx.runtime.controller.meters import Meters
 from phalanx.runtime.controller.replicas import Replica
@@ -86,12 +86,13 @@ class Fleet:
             replica.last_heartbeat_at += stall_s
 
     def starting(self, event: ReplicaStarting) -> list[Job]:
-        """The supervisor allocated an incarnation; all below it are fenced."""
-        replica = self._replica(event.replica)
-        if event.incarnation <= replica.incarnation:
-            return []
-        jobs = self._lose(replica, "replaced", f"incarnation {event.incarnation} is starting")
-        replica.begin(event.incarnation)
+        """The supervisor allocated an incarnation; all below it are fenced. It waits for the size to start with."""
+        replica, jobs = self._replica(event.replica), []
+        if event.incarnation > replica.incarnation:
+            jobs = self._lose(replica, "replaced", f"incarnation {event.incarnation} is starting")
+            replica.begin(event.incarnation)
+        # Fixed now: what a fenced incarnation says about its size is not heard any more.
+        self._emit(Start(replica.replica, event.incarnation, replica.size))
         return jobs
 
     def gone(self, event: ReplicaGone) -> list[Job]:

@@ -24,6 +24,9 @@ class Replica:
         num_choices, num_prompt_tokens: unfinished choices, and prompt tokens, of `jobs`.
         error: last words of the incarnation that was lost last.
         reclaim: cause of the loss while the supervisor has not yet confirmed the end of the processes.
+        data: dp ranks that serve, as the newest incarnation said last.
+        size: dp ranks that the next incarnation starts with; None = as the plan says.
+        ranks: one line each: what runs where.
     """
 
     replica: int
@@ -38,6 +41,9 @@ class Replica:
     num_prompt_tokens: int = 0
     error: str | None = None
     reclaim: str | None = None
+    data: int = 0
+    size: int | None = None
+    ranks: list[str] = field(default_factory=list)
 
     @property
     def fingerprint(self) -> str:
@@ -62,6 +68,7 @@ class Replica:
         self.state = "ready"
         self.link = link
         self.hello = hello
+        self.data, self.ranks = hello.dp_size, hello.ranks
         self.last_heartbeat_at = now
 
     def lose(self, error: str) -> list[Job]:
