@@ -1,8 +1,9 @@
-"""Offline throughput of one process beside a peer on the same checkpoint, machine and prompts.
+"""Offline throughput of one process beside peers on the same checkpoint, machine and prompts.
 
-    benchmarks/offline.py [CHECKPOINT] [--peers DIR] [--peer-python PYTHON] [--out FILE]
+    benchmarks/offline.py [--kind dense|moe] [CHECKPOINT] [--peer NAME[=PYTHON]]... [--peers DIR] [--out FILE]
 
-CHECKPOINT defaults to the dense one that `make_checkpoint.py` of the peers folder writes (kept under ~/.cache/phalanx).
+CHECKPOINT defaults to the one that `make_checkpoint.py` of the peers folder writes (kept under ~/.cache/phalanx). A peer
+is a `run_NAME.py` of that folder, run by PYTHON (this interpreter unless it has an environment of its own, as vllm).
 The workload is the peers' own: random ids from a fixed seed, greedy, no early stop, no prefix cache. Each side runs
 `--rounds` times, turn about; a row is the median. Prints JSON rows, then a table with the ratio.
 """
@@ -27,8 +28,8 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("checkpoint", nargs="?")
     p.add_argument("--peers", type=pathlib.Path, default=PEERS)
-    p.add_argument("--peer", default="transformers")
-    p.add_argument("--peer-python", default=sys.executable)
+    p.add_argument("--kind", choices=("dense", "moe"), default="dense")
+    p.add_argument("--peer", action="append", default=[], metavar="NAME[=PYTHON]")
     p.add_argument("--concurrency", default="1,8,32")
     p.add_argument("--prompt-tokens", type=int, default=128)
     p.add_argument("--output-tokens", type=int, default=64)
@@ -40,31 +41,35 @@ def main() -> None:
     if a.phalanx_only:
         run_phalanx(a)
         return
-    checkpoint = a.checkpoint or dense_checkpoint(a.peers)
+    checkpoint = a.checkpoint or peers_checkpoint(a.peers, a.kind)
     if checkpoint is None:
         print("no checkpoint given and no peers folder beside the repository: nothing to measure")
         return
     workload = ["--concurrency", a.concurrency, "--prompt-tokens", str(a.prompt_tokens)]
     workload += ["--output-tokens", str(a.output_tokens)]
     ours = [sys.executable, __file__, checkpoint, "--phalanx-only", "--device", a.device, *workload]
-    script = a.peers / f"run_{a.peer}.py"
-    theirs = [a.peer_python, str(script), checkpoint, *workload] if script.exists() else None
+    commands = [ours]
+    for peer in a.peer or ["transformers"]:
+        name, _, python = peer.partition("=")
+        script = a.peers / f"run_{name}.py"
+        if script.exists():
+            commands.append([python or sys.executable, str(script), checkpoint, *workload])
     rows: dict[tuple[str, int], list[float]] = {}
     for _ in range(a.rounds):
-        for command in filter(None, (ours, theirs)):
+        for command in commands:
             for row in run(command):
                 rows.setdefault((row["peer"], row["concurrency"]), []).append(row["output_tok_s"])
-    report(rows, a.peer, a.out, checkpoint)
+    report(rows, a.out, checkpoint)
 
 
-def dense_checkpoint(peers: pathlib.Path) -> str | None:
-    """The peers' dense checkpoint, made once."""
-    folder = CACHE / "dense"
+def peers_checkpoint(peers: pathlib.Path, kind: str) -> str | None:
+    """A checkpoint of the peers' recipe, made once."""
+    folder = CACHE / kind
     if not (folder / "model.safetensors").exists():
         if not (peers / "make_checkpoint.py").exists():
             return None
         folder.mkdir(parents=True, exist_ok=True)
-        subprocess.run([sys.executable, str(peers / "make_checkpoint.py"), "dense", str(folder)], check=True)
+        subprocess.run([sys.executable, str(peers / "make_checkpoint.py"), kind, str(folder)], check=True)
     return str(folder)
 
 
@@ -108,15 +113,21 @@ def run_phalanx(a: argparse.Namespace) -> None:
         print(json.dumps(row | {"output_tok_s": round(made / seconds, 1)}), flush=True)
 
 
-def report(rows: dict[tuple[str, int], list[float]], peer: str, out: pathlib.Path | None, checkpoint: str) -> None:
+def report(rows: dict[tuple[str, int], list[float]], out: pathlib.Path | None, checkpoint: str) -> None:
     """Medians and ratios, for people and (with --out) as one JSON file."""
     medians = {key: statistics.median(values) for key, values in rows.items()}
+    peers = sorted({peer for peer, _ in medians} - {"phalanx"})
     table = []
     for concurrency in sorted({concurrency for _, concurrency in medians}):
-        ours, theirs = medians.get(("phalanx", concurrency)), medians.get((peer, concurrency))
-        ratio = round(ours / theirs, 2) if ours and theirs else None
-        table.append({"concurrency": concurrency, "phalanx": ours, peer: theirs, "ratio": ratio})
-        print(f"concurrency {concurrency:3}: phalanx {ours} tok/s, {peer} {theirs} tok/s, ratio {ratio}")
+        ours = medians["phalanx", concurrency]
+        row: dict[str, float] = {"concurrency": concurrency, "phalanx": ours}
+        text = [f"concurrency {concurrency:3}: phalanx {ours} tok/s"]
+        for peer in peers:
+            theirs = medians[peer, concurrency]
+            row |= {peer: theirs, f"ratio to {peer}": round(ours / theirs, 2)}
+            text.append(f"{peer} {theirs} tok/s, ratio {ours / theirs:.2f}")
+        table.append(row)
+        print("; ".join(text))
     if out is not None:
         import torch
         import transformers

@@ -148,7 +148,7 @@ class Decoder:
             dtype=dtype,
             max_model_len=max_model_len,
             choose=choose or {},
-            experts=experts or (alone(moe_specs, mesh, device) if moe_specs else None),
+            experts=experts or (alone(moe_specs, mesh, device, choose) if moe_specs else None),
         )
         self.config = config
         self.layer_range = layer_range

@@ -6,7 +6,7 @@ The way of a layer's input:
                         shared expert, meanwhile ------------->        `Mlp`, sharded over the tensor axis
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -29,8 +29,10 @@ from phalanx.parallel.partition import whole
 from phalanx.parallel.topology import EpTopology
 
 
-def alone(specs: Sequence[MoeSpec], mesh: Mesh, device: torch.device) -> ExpertGroup:
-    """The expert group of a stage of one rank, which holds every expert of its layers.
+def alone(
+    specs: Sequence[MoeSpec], mesh: Mesh, device: torch.device, choose: Mapping[str, str] | None = None
+) -> ExpertGroup:
+    """The expert group of a stage of one rank, which holds every expert of its layers; `choose` as for its kernels.
 
     Raises:
         ConfigError: the stage has several ranks, or its layers have different numbers of experts.
@@ -41,7 +43,7 @@ def alone(specs: Sequence[MoeSpec], mesh: Mesh, device: torch.device) -> ExpertG
     num_experts = [spec.router.num_experts for spec in specs]
     placement = linear(num_experts, 1, num_experts[0])
     topology = EpTopology.uniform(1, 1)
-    return ExpertGroup(topology, 0, placement.layers, num_experts[0], exact=True, device=device)
+    return ExpertGroup(topology, 0, placement.layers, num_experts[0], exact=True, device=device, choose=choose)
 
 
 class MoeBlock:

@@ -32,6 +32,11 @@ class DispatchPolicy:
         self._widest = max(topologies, key=lambda topology: (topology.num_nodes, topology.num_ranks))
         self._kind, self._streak = self._usual(), 0
 
+    def fix(self, wanted: str) -> None:
+        """Use this kind from the next step on, or "auto"; all kinds may follow each other."""
+        self._wanted = wanted
+        self._kind, self._streak = self._usual(), 0
+
     def choose(self, max_tokens: int) -> str:
         """The kind for a step in which the busiest dp rank has `max_tokens`."""
         if self._wanted != "auto" or self._costs is None or self._widest.num_ranks == 1:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from phalanx.kernels import registry
 from phalanx.kernels.cpu import library
+from phalanx.kernels.paged_attention import OP, Problem
 from phalanx.kernels.types import AttnMeta
 
 NUM_KV_HEADS, LENGTH = 2, 150
@@ -119,3 +120,18 @@ def test_far_keys_and_extreme_scores() -> None:
     (row,) = attend([(text, LENGTH - 1, LENGTH)])
     expected = text.v[-1, 0]  # all probability lies on the last key for this head
     torch.testing.assert_close(row[0, :64], expected, atol=1e-6, rtol=1e-6)
+
+
+@needs_cpp
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("problem", [problem for problem in OP.problems["test"] if problem.parts == 1], ids=str)
+def test_a_row_that_is_key_and_value(problem: Problem, dtype: torch.dtype) -> None:
+    """A pool of single rows gives the bits of a pool that holds each of them twice."""
+    inputs = OP.make_inputs(problem, torch.Generator().manual_seed(4), dtype)
+    twice = {**inputs, "kv": inputs["kv"].repeat(1, 1, 2, 1, 1, 1)}
+    function = registry.bind(
+        "paged_attention", device=torch.device("cpu"), dtype=dtype, choose={"paged_attention": "cpp"}
+    )
+    once = function(**inputs)
+    assert torch.isfinite(once).all()
+    assert torch.equal(once, function(**twice))

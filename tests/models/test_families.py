@@ -1,4 +1,4 @@
-"""Every family against transformers, in fp32, on redrawn tiny checkpoints. Runs in 25 s.
+"""Every family against transformers, in fp32, on redrawn tiny checkpoints. Runs in 30 s, layouts in 2 min more.
 
 Both sides are off from fp64 by up to 2e-5 on these models (logits of std 2.5), hence the tolerance.
 """
@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from phalanx import plugins
+from phalanx.kernels.cpu import library
 from phalanx.models.checkpoint import Checkpoint
 from phalanx.models.decoder import Decoder
 from phalanx.models.hf_config import EMBEDDED, FAMILY
@@ -44,6 +45,15 @@ def test_logits_equal_transformers(family, program, oracle_of):
     got = drive.logits_of(ALONE, str(oracle.path), oracle.sequences, program)
     assert got.dtype == torch.float32
     torch.testing.assert_close(got, oracle.logits, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.skipif(library.load().handle is None, reason=library.load().reason or "built")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_chunks_and_company_change_no_bit(family, oracle_of):
+    """A token's logits depend on the tokens before it and on nothing else, so replayed requests go on as they were."""
+    oracle = oracle_of(family)
+    whole, chunked = (drive.logits_of(ALONE, str(oracle.path), oracle.sequences, program) for program in drive.PROGRAMS)
+    assert torch.equal(whole, chunked)
 
 
 @pytest.mark.multi
@@ -250,11 +260,16 @@ def test_the_packaged_models_load(name):
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen3_moe", "deepseek_v3", "gpt_oss"])
 def test_bfloat16_is_close(family, oracle_of):
-    """bf16 weights and activations: the error is that of the format, and the best ids mostly agree."""
+    """bf16 weights and activations: the error is that of the format, as transformers has it, or less.
+
+    Where two experts are almost equally good the format chooses, so single rows may be far off.
+    """
     oracle = oracle_of(family)
     decoder = drive.load_stage(str(oracle.path), ALONE, dtype=torch.bfloat16)
     driver = drive.Driver(decoder, ALONE, oracle.sequences, dtype=torch.bfloat16)
     got = drive.whole(driver, len(oracle.sequences[0]))
     assert got.dtype == torch.float32
-    assert (got - oracle.logits).std() < 0.05 * oracle.logits.std()
+    model = tiny.load_hf(oracle.path).to(torch.bfloat16)
+    theirs = torch.stack([tiny.hf_logits(model, row) for row in oracle.sequences])
+    assert (got - oracle.logits).abs().mean() < 1.2 * (theirs - oracle.logits).abs().mean()
     assert (got.argmax(-1) == oracle.logits.argmax(-1)).float().mean() > 0.85

@@ -1,15 +1,23 @@
 """The mixture-of-experts block of every family against that of transformers, fp32, on redrawn weights. Runs in 10 s."""
 
 import functools
+import hashlib
+import types
 
 import pytest
 import torch
 
 from phalanx import plugins
+from phalanx.errors import ConfigError
+from phalanx.models.build import BuildContext
 from phalanx.models.hf_config import FAMILY, read_config
 from phalanx.models.loading import load_model
-from phalanx.moe.group import ExpertGroup
+from phalanx.models.moe import MoeBlock, alone
+from phalanx.moe.group import EpStep, ExpertGroup
 from phalanx.moe.placement.linear import linear
+from phalanx.moe.spec import CapacitySpec, ExpertSpec, MoeSpec, RouterSpec, SharedSpec
+from phalanx.parallel.group import Group
+from phalanx.parallel.mesh import Mesh, MeshShape
 from phalanx.parallel.rendezvous import single
 from phalanx.parallel.topology import EpTopology
 from tests.support import tiny
@@ -24,9 +32,6 @@ def has_experts(family):
 
 
 FAMILIES = [family for family in tiny.family_names() if has_experts(family)]
-
-# fp32 sigmoid of torch has other bits in the last, incomplete vector of a batch: their router scores depend on T.
-SIGMOID = ("deepseek_v3", "glm4_moe")
 
 
 @pytest.fixture(scope="module")
@@ -65,14 +70,9 @@ def compare(pair, x):
     torch.testing.assert_close(got, expected.view_as(x), atol=TOLERANCE, rtol=0)
 
 
-def batch(num_tokens):
-    """Blocks read nothing of a batch but this."""
-
-    class Batch:
-        ep = None
-
-    Batch.num_tokens = num_tokens
-    return Batch
+def batch(num_tokens, ep=None):
+    """Blocks read nothing else of a batch."""
+    return types.SimpleNamespace(num_tokens=num_tokens, ep=ep)
 
 
 def rows(count, seed=5):
@@ -108,7 +108,7 @@ def test_no_token(family, exact, blocks_of):
         assert ours(rows(0), batch(0)).shape == (0, 64)
 
 
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in SIGMOID])
+@pytest.mark.parametrize("family", FAMILIES)
 @torch.inference_mode()
 def test_a_row_depends_on_no_other(family, blocks_of):
     """Bits, in any company; so results do not depend on how a batch was put together."""
@@ -117,3 +117,55 @@ def test_a_row_depends_on_no_other(family, blocks_of):
         together = ours(x, batch(33))
         for start, stop in ((0, 1), (3, 10), (10, 33)):
             assert torch.equal(ours(x[start:stop].clone(), batch(stop - start)), together[start:stop])
+
+
+def random_block(spec, values):
+    """A block by itself; parameters of equal names get equal values."""
+    experts = alone([spec], single(CPU), CPU)
+    context = BuildContext(
+        single(CPU), 64, device=CPU, dtype=torch.float32, max_model_len=8, choose={}, experts=experts
+    )
+    block = MoeBlock(spec, 0, context)
+    for name, parameter in block.parameters().items():
+        seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4])
+        parameter.tensor.normal_(std=0.2, generator=torch.Generator().manual_seed(seed))
+        values[name] = parameter.tensor.clone()
+    block.finalize()
+    return block
+
+
+@torch.inference_mode()
+def test_pyramid_residual():
+    """`c0 * routed + c1 * shared`, the weights a softmax of a linear layer of the input."""
+    router, experts = RouterSpec(num_experts=5, top_k=2), ExpertSpec(intermediate_size=24)
+    shared = SharedSpec(intermediate_size=40)
+    x, values = rows(11), {}
+    routed = random_block(MoeSpec(router=router, experts=experts), values)(x, batch(11))
+    both = random_block(MoeSpec(router=router, experts=experts, shared=shared), values)(x, batch(11))
+    mixed = random_block(MoeSpec(router=router, experts=experts, shared=shared, residual=True), values)(x, batch(11))
+    logits = x @ values["coefficients.weight"].T + values["coefficients.bias"]
+    first, second = logits.softmax(-1).split(1, dim=-1)
+    torch.testing.assert_close(mixed, first * routed + second * (both - routed), atol=TOLERANCE, rtol=0)
+
+
+@torch.inference_mode()
+def test_capacity_drops_and_counts():
+    """40 equal tokens want one expert of 5, which takes ceil(40 / 5) of them; the others get nothing from experts."""
+    spec = MoeSpec(
+        router=RouterSpec(num_experts=5, top_k=1),
+        experts=ExpertSpec(intermediate_size=24),
+        capacity=CapacitySpec(factor=1.0),
+    )
+    block, x = random_block(spec, {}), rows(1).repeat(40, 1)
+    free = block(x, batch(40))
+    limited = block(x, batch(40, EpStep("local", 40, scope_T=torch.zeros(40, dtype=torch.int64))))
+    assert torch.equal(limited[:8], free[:8])
+    assert not limited[8:].any()
+    assert [int(block.take_num_dropped()) for _ in range(2)] == [32, 0]
+
+
+def test_several_ranks_need_a_group():
+    mesh = Mesh(shape=MeshShape(dp=2), rank=0, device=CPU, tp=Group())
+    spec = MoeSpec(router=RouterSpec(num_experts=4, top_k=1), experts=ExpertSpec(intermediate_size=8))
+    with pytest.raises(ConfigError, match="experts are spread over the 2 ranks of a stage; give their expert group"):
+        alone([spec], mesh, CPU)

@@ -95,6 +95,76 @@ def test_the_whole_is_what_transformers_counts():
         assert counted == sum(tensor.numel() for tensor in [*model.parameters(), *biases]), family
 
 
+# Config fields as on the Hugging Face Hub, and the parameters its model cards state, in billions.
+PUBLISHED = {
+    "Mixtral-8x7B": (
+        46.7,
+        "mixtral",
+        {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
+        | {"num_attention_heads": 32, "num_key_value_heads": 8, "num_local_experts": 8},
+    ),
+    "Qwen1.5-MoE-A2.7B": (
+        14.3,
+        "qwen2_moe",
+        {"vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 24}
+        | {"num_attention_heads": 16, "num_key_value_heads": 16, "num_experts": 60, "num_experts_per_tok": 4}
+        | {"moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632, "mlp_only_layers": []},
+    ),
+    "Qwen3-30B-A3B": (
+        30.5,
+        "qwen3_moe",
+        {"vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 48}
+        | {"num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "num_experts": 128}
+        | {"num_experts_per_tok": 8, "moe_intermediate_size": 768, "mlp_only_layers": []},
+    ),
+    "OLMoE-1B-7B": (
+        6.92,
+        "olmoe",
+        {"vocab_size": 50304, "hidden_size": 2048, "intermediate_size": 1024, "num_hidden_layers": 16}
+        | {"num_attention_heads": 16, "num_key_value_heads": 16, "num_experts": 64, "num_experts_per_tok": 8},
+    ),
+    "gpt-oss-20b": (
+        20.9,
+        "gpt_oss",
+        {"vocab_size": 201088, "hidden_size": 2880, "intermediate_size": 2880, "num_hidden_layers": 24}
+        | {"num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 64, "num_local_experts": 32},
+    ),
+    "DeepSeek-V2-Lite": (
+        15.7,
+        "deepseek_v2",
+        {"vocab_size": 102400, "hidden_size": 2048, "intermediate_size": 10944, "num_hidden_layers": 27}
+        | {"num_attention_heads": 16, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64}
+        | {"v_head_dim": 128, "moe_intermediate_size": 1408, "n_routed_experts": 64, "num_experts_per_tok": 6}
+        | {"n_shared_experts": 2, "topk_method": "greedy", "attention_bias": False},
+    ),
+    "DeepSeek-V3": (
+        671.0,
+        "deepseek_v3",
+        {"vocab_size": 129280, "hidden_size": 7168, "intermediate_size": 18432, "num_hidden_layers": 61}
+        | {"num_attention_heads": 128, "q_lora_rank": 1536, "kv_lora_rank": 512, "qk_nope_head_dim": 128}
+        | {"qk_rope_head_dim": 64, "v_head_dim": 128, "moe_intermediate_size": 2048, "n_routed_experts": 256}
+        | {"num_experts_per_tok": 8, "n_group": 8, "topk_group": 4, "first_k_dense_replace": 3}
+        | {"attention_bias": False},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_sizes(name):
+    billions, family, fields = PUBLISHED[name]
+    module = plugins.load("models", family, FAMILY)
+    config = module.decoder_config({**module.TINY, **fields})
+    counted = parameter_count(config, MeshShape(), (0, len(config.layers)), True, True)
+    assert counted / 1e9 == pytest.approx(billions, rel=0.005)
+
+
+def test_latent_attention_keeps_one_row_per_token():
+    """DeepSeek-V3 in bf16: 576 channels x 61 layers x 2 bytes, on every tensor rank."""
+    module = plugins.load("models", "deepseek_v3", FAMILY)
+    config = module.decoder_config({**module.TINY, **PUBLISHED["DeepSeek-V3"][2]})
+    assert kv_bytes_per_token(config, 8, (0, 61), 2) == 576 * 61 * 2
+
+
 def test_one_pool_needs_equal_layers():
     config = config_of("llama")
     wide = dataclasses.replace(config.layers[0].attention, head_dim=32)

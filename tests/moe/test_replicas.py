@@ -92,6 +92,13 @@ def test_far_experts_of_a_token_share_a_node() -> None:
     assert 60 < int((nodes_TK[:, 0] == 1).sum()) < 140
 
 
+def test_far_experts_take_the_node_that_most_share() -> None:
+    """Expert 0 lives on nodes 1 and 2, expert 1 on nodes 1 and 3: one visit to node 1 does for both."""
+    tables = ReplicaTables.of(LayerPlacement(0, (2, 3, 0, 1, 0, 4, 1, 5)), EpTopology.uniform(4, 1), 2, "cpu")
+    ids_TK = torch.tensor([[0, 1]], dtype=torch.int32).expand(100, 2).contiguous()
+    assert (select(ids_TK, tables, 0, torch.arange(100)) == torch.tensor([2, 3])).all()
+
+
 @pytest.mark.parametrize("stride", [1, 2**20, 2**33], ids=["positions", "2^20", "2^33"])
 def test_replicas_are_used_evenly(stride: int) -> None:
     """6 replicas, 12,000 keys: each gets 2,000 +- 5 standard deviations, whatever bits of the key differ."""

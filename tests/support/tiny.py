@@ -24,6 +24,12 @@ def family_names() -> tuple[str, ...]:
     return plugins.names("models", FAMILY)
 
 
+def moe_family_names() -> tuple[str, ...]:
+    """Those of them with mixture-of-experts layers."""
+    modules = {name: plugins.load("models", name, FAMILY) for name in family_names()}
+    return tuple(name for name, module in modules.items() if module.decoder_config(module.TINY).moe_layers)
+
+
 def make_checkpoint(
     family_name: str, directory: Path, seed: int = 0, *, max_shard_size: str = "1GB", **config_overrides: Any
 ) -> Path:

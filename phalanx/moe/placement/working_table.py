@@ -90,14 +90,12 @@ class WorkingTable:
 
     def apply(self, change: Change) -> None:
         """Carry out a change, replica counts included."""
+        old = int(self.table_Ps[change.puts[0][:2]])
+        for rank, index, expert in change.puts:
+            self.put(rank, index, expert)
         if len(change.puts) == 1:
-            ((rank, index, expert),) = change.puts
-            old = int(self.table_Ps[rank, index])
-            self.put(rank, index, expert)
-            self._recount(expert, 1)
+            self._recount(change.puts[0][2], 1)
             self._recount(old, -1)
-        for rank, index, expert in change.puts if len(change.puts) > 1 else ():
-            self.put(rank, index, expert)
 
     def _recount(self, expert: int, by: int) -> None:
         self.count_E[expert] += by
