@@ -1,7 +1,10 @@
-"""The main job on the embedded model: a local two-node Ray cluster, tensor 2 x pipeline 2, three streams over gRPC.
+"""The main job on the embedded models, on a local two-node Ray cluster, three streams over gRPC each:
 
-Starts what `phalanx up` starts, streams three prompts at once with a progress display, prints what ran where and how
-fast, stops everything, and fails if a process is left.
+    tiny       dense, tensor 2 x pipeline 2
+    tiny-moe   mixture of experts, data 2: expert-parallel over the two nodes with a two-hop exchange
+
+Starts what `phalanx up` starts, streams three prompts at once with a progress display, prints what ran where, how fast,
+and how much each rank's experts had to do; stops everything, and fails if a process is left.
 """
 
 import sys
@@ -24,14 +27,21 @@ from phalanx.deploy.resolve import resolve
 from phalanx.deploy.supervisor import Progress, Supervisor
 from phalanx.models.loading import read_config, resolve_path
 
-CONFIG = """
-model: {path: tiny, dtype: float32}
+COMMON = """
 ray: {address: local, nodes: 2}
 device: cpu
-parallel: {tensor: 2, pipeline: 2}
 scheduler: {max_sequences: 16}
 workers: {threads: 1}
 server: {listen: 127.0.0.1:0, metrics: 'off'}
+"""
+DENSE = """
+model: {path: tiny, dtype: float32}
+parallel: {tensor: 2, pipeline: 2}
+"""
+EXPERTS = """
+model: {path: tiny-moe, dtype: float32}
+parallel: {data: 2}
+moe: {dispatch: two_hop, redundant_experts: 4}
 """
 PROMPTS = (
     "def read_lines(path):\n    with open(path) as",
@@ -39,6 +49,9 @@ PROMPTS = (
     "import os\nimport sys\n\n\ndef main(",
 )
 MAX_TOKENS = 96
+HEARTBEAT_S = 0.6
+"""Until the controller knows the figures of the last step."""
+
 START_S = 120.0
 
 
@@ -89,6 +102,7 @@ class Demo:
                 time.sleep(0.05)
             seconds = time.perf_counter() - started
             live.update(show(texts, counts))
+            time.sleep(HEARTBEAT_S)
             state = client.status()
         if counts != [MAX_TOKENS] * len(PROMPTS):
             raise RuntimeError(f"streams ended with {counts} of {MAX_TOKENS} tokens")
@@ -96,6 +110,9 @@ class Demo:
         for replica in state.replicas:
             table.add_row(str(replica.replica), "\n".join(replica.ranks))
         self.console.print(table)
+        for replica in state.replicas:
+            if replica.expert_load:
+                self.console.print(expert_table(replica.expert_load))
         self.console.print(f"[bold]{sum(counts)} tokens in {seconds:.2f} s: {sum(counts) / seconds:.0f} tokens/s[/]")
 
 
@@ -109,10 +126,23 @@ def show(texts: list[str], counts: list[int]) -> Group:
     )
 
 
+def expert_table(loads: tuple[int, ...]) -> Table:
+    """How many tokens met the experts of each rank."""
+    table = Table("expert rank", "tokens", "", title="expert load")
+    for rank, load in enumerate(loads):
+        table.add_row(str(rank), str(load), "#" * round(40 * load / max(loads)) if any(loads) else "")
+    return table
+
+
 def main() -> int:
-    """Run the demo; 0 = all three streams ended and nothing is left."""
+    """Run both parts; 0 = all streams ended and nothing is left."""
     console = Console()
-    config = parse_config(CONFIG, str(Path(__file__).name))
+    return max(serve(console, DENSE), serve(console, EXPERTS))
+
+
+def serve(console: Console, text: str) -> int:
+    """One deployment from start to end."""
+    config = parse_config(text + COMMON, str(Path(__file__).name))
     plan = resolve(config, local_hardware(config.ray.nodes), read_config(resolve_path(config.model.path)))
     console.print(plan_text(plan))
     begun = time.perf_counter()

@@ -3,6 +3,7 @@
 `max_restarts=0`: a restarted actor would reuse its incarnation; the supervisor starts a whole new replica instead.
 """
 
+import dataclasses
 import os
 import secrets
 import time
@@ -15,10 +16,12 @@ from phalanx.deploy.engine_config import engine_config
 from phalanx.deploy.engine_process import EngineProcess
 from phalanx.parallel import rendezvous
 from phalanx.runtime.engine import Engine
+from phalanx.runtime.engine_config import EngineConfig
 from phalanx.runtime.executor.link import LinkExecutor
 from phalanx.runtime.frames import VERSION, Hello
 from phalanx.runtime.rank import Bootstrap, serve
 from phalanx.runtime.rank_link import RankListener
+from phalanx.runtime.scale_report import rank_lines
 
 
 class EngineOrders(msgspec.Struct, frozen=True, kw_only=True):
@@ -26,6 +29,7 @@ class EngineOrders(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         plan: encoded `DeploymentPlan`.
+        data: dp ranks to start with, which may have been scaled since the plan was made.
         controller: address the controller listens on for engines.
         interface: network interface of collectives; "" = found from the host name.
     """
@@ -33,6 +37,7 @@ class EngineOrders(msgspec.Struct, frozen=True, kw_only=True):
     plan: bytes
     replica: int
     incarnation: int
+    data: int
     controller: str
     interface: str = ""
 
@@ -54,7 +59,8 @@ class EngineActor:
     def run(self) -> str:
         """Wait for the ranks, then serve; returns the reason of an orderly end, raises the first failure."""
         plan = plans.decode(self._orders.plan)
-        config = engine_config(plan)
+        # The plan's digest stays: replicas of any size belong to one deployment and take over each other's jobs.
+        config = at_size(engine_config(plan), self._orders.data)
         store, interface = self._store_address, self._orders.interface
         executor = LinkExecutor(
             self._listener,
@@ -66,10 +72,6 @@ class EngineActor:
             for phase in executor.ready[0].startup_s
         }
         engine = Engine(config, executor, store, interface)
-        ranks = [
-            f"rank {ready.rank} ({_where(ready.rank, plan)}) node {ready.node} pid {ready.pid} {ready.device}"
-            for _, ready in sorted(executor.ready.items())
-        ]
         hello = Hello(
             version=VERSION,
             replica=self._orders.replica,
@@ -81,7 +83,7 @@ class EngineActor:
             block_size=config.kv.block_size,
             dp_size=config.shape.dp,
             startup_s=slowest | {"ready": time.monotonic() - self._begun},
-            ranks=[f"engine node {_node()} pid {os.getpid()}", *ranks],
+            ranks=[f"engine node {_node()} pid {os.getpid()}", *rank_lines(engine)],
         )
         return EngineProcess(engine, hello, self._orders.controller).run()
 
@@ -98,14 +100,14 @@ class WorkerActor:
         return os.getpid()
 
 
+def at_size(config: EngineConfig, data: int) -> EngineConfig:
+    """The same replica with another number of dp ranks: each rank holds what it held before."""
+    return dataclasses.replace(config, shape=dataclasses.replace(config.shape, dp=data))
+
+
 def new_key() -> bytes:
     """A shared secret for one incarnation's rank link."""
     return secrets.token_bytes(32)
-
-
-def _where(rank: int, plan: plans.DeploymentPlan) -> str:
-    place = plan.parallel.shape.coordinate(rank)
-    return f"pp {place.pp}, dp {place.dp}, tp {place.tp}"
 
 
 def _node() -> str:

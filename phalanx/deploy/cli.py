@@ -28,6 +28,7 @@ COMMANDS = {
     "doctor": "check the Ray cluster that a cluster file is meant for",
     "status": "show replicas, ranks and load of a running deployment",
     "drain": "let a running deployment refuse new requests",
+    "scale": "grow or shrink the expert group of a running deployment",
     "generate": "stream the answer to a prompt",
     "submit": "start a job that runs without a reader",
     "attach": "follow a job",

@@ -19,7 +19,7 @@ from typing import Any, Self
 
 import grpc
 
-from phalanx.deploy import client_messages
+from phalanx.deploy import client_messages, client_scale
 from phalanx.deploy.client_messages import (
     ChoiceResult,
     Chunk,
@@ -31,6 +31,7 @@ from phalanx.deploy.client_messages import (
     Usage,
 )
 from phalanx.deploy.client_resume import Attempts, Follow, failure
+from phalanx.deploy.client_scale import ScaleOperation, ScalePlan
 from phalanx.deploy.server import phalanx_pb2 as pb
 from phalanx.deploy.server.links import KEEPALIVE_OPTIONS
 from phalanx.deploy.server.phalanx_pb2_grpc import ClusterStub, InferenceStub
@@ -46,6 +47,8 @@ __all__ = [
     "Job",
     "JobCounts",
     "ReplicaStatus",
+    "ScaleOperation",
+    "ScalePlan",
     "Usage",
 ]
 
@@ -191,6 +194,33 @@ class Client(_Requests):
         """Let the service refuse new jobs (or accept them again); returns the jobs it still has."""
         return client_messages.job_counts(self._call(self._cluster.Drain, pb.DrainRequest(undo=undo)).jobs)
 
+    def plan_scale(self, data: int, replica: int | None = None) -> ScalePlan:
+        """What it would take to give one replica (None = each) `data` data-parallel ranks, or why it cannot be.
+
+        Raises:
+            UnavailableError: a replica is not up.
+        """
+        return client_scale.plan(self._call(self._cluster.PlanScale, client_scale.target(data, replica)))
+
+    def apply_scale(
+        self, op_id: str, data: int, replica: int | None = None, *, plan_id: str | None = None
+    ) -> ScaleOperation:
+        """Begin to scale and return at once. The same `op_id` again returns the state of the same operation.
+
+        Args:
+            op_id: chosen by the caller.
+            data: data-parallel ranks of each replica that is meant.
+            replica: one of them; None = all.
+            plan_id: of a plan that must still hold when the operation begins.
+
+        Raises:
+            ConfigError: it cannot be, another operation is under way, or the plan is outdated.
+            DuplicateRequestError: the id is that of another operation.
+            UnavailableError: a replica is not up.
+        """
+        request = client_scale.request(op_id, data, replica, plan_id)
+        return client_scale.operation(self._call(self._cluster.ApplyScale, request))
+
     def close(self) -> None:
         """End the connection; open streams end with `UnavailableError`."""
         self._is_closed = True
@@ -292,6 +322,17 @@ class AsyncClient(_Requests):
     async def drain(self, *, undo: bool = False) -> JobCounts:
         """As `Client.drain`."""
         return client_messages.job_counts((await self._call(self._cluster.Drain, pb.DrainRequest(undo=undo))).jobs)
+
+    async def plan_scale(self, data: int, replica: int | None = None) -> ScalePlan:
+        """As `Client.plan_scale`."""
+        return client_scale.plan(await self._call(self._cluster.PlanScale, client_scale.target(data, replica)))
+
+    async def apply_scale(
+        self, op_id: str, data: int, replica: int | None = None, *, plan_id: str | None = None
+    ) -> ScaleOperation:
+        """As `Client.apply_scale`."""
+        request = client_scale.request(op_id, data, replica, plan_id)
+        return client_scale.operation(await self._call(self._cluster.ApplyScale, request))
 
     async def close(self) -> None:
         """As `Client.close`."""

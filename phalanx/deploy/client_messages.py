@@ -4,6 +4,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from phalanx.deploy import client_scale
+from phalanx.deploy.client_scale import ReplicaScale
 from phalanx.deploy.server import phalanx_pb2 as pb
 from phalanx.errors import InvalidRequestError
 from phalanx.runtime.frames import FinishReason, TokenLogprobs
@@ -125,6 +127,11 @@ class ReplicaStatus:
     prefix_queries: int
     prefix_hits: int
     num_generated_tokens: int
+    data: int
+    scale: ReplicaScale | None
+    expert_load: tuple[int, ...]
+    num_dropped: int
+    num_moved: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,9 +241,10 @@ def cluster_state(message: pb.ClusterState) -> ClusterState:
     replicas = []
     for status in message.replicas:
         fields = {field.name: getattr(status, field.name) for field in status.DESCRIPTOR.fields}
-        fields["ranks"] = tuple(status.ranks)
+        fields["ranks"], fields["expert_load"] = tuple(status.ranks), tuple(status.expert_load)
         fields["startup_s"] = dict(status.startup_s)
         fields["error"] = status.error if status.HasField("error") else None
+        fields["scale"] = client_scale.part(status.scale) if status.HasField("scale") else None
         replicas.append(ReplicaStatus(**fields))
     jobs = job_counts(message.jobs)
     return ClusterState(message.version, message.model, message.draining, jobs, tuple(replicas))

@@ -25,6 +25,7 @@ from phalanx.runtime.controller.core import CoreConfig
 from phalanx.runtime.frames import VERSION
 
 EXIT_S = 5.0
+SLICE_S = 0.2
 
 
 def server_options(plan: DeploymentPlan) -> ServerOptions:
@@ -49,7 +50,7 @@ class ControllerProcess:
 
     Args:
         plan: of the deployment.
-        on_reclaim: called from the reading thread when the controller has fenced a replica.
+        on_order: called from the reading thread with what the controller wants done.
         on_log: called from another one with each line of its log.
 
     Attributes:
@@ -60,9 +61,11 @@ class ControllerProcess:
     """
 
     def __init__(
-        self, plan: DeploymentPlan, on_reclaim: Callable[[supervise.Reclaim], None], on_log: Callable[[str], None]
+        self, plan: DeploymentPlan, on_order: Callable[[supervise.Order], None], on_log: Callable[[str], None]
     ) -> None:
-        self._on_log, self._on_reclaim = on_log, on_reclaim
+        self._on_log, self._on_order = on_log, on_order
+        self._started, self._is_deaf = threading.Condition(), False
+        self._sizes: dict[tuple[int, int], int | None] = {}
         self._errors: list[str] = []
         with tempfile.NamedTemporaryFile("wb", suffix=".json") as file:
             file.write(msgspec.json.encode(server_options(plan)))
@@ -85,9 +88,27 @@ class ControllerProcess:
         self._public = grpc.insecure_channel(self.listen)
         threading.Thread(target=self._read, name="supervise-link", daemon=True).start()
 
-    def replica_starting(self, replica: int, incarnation: int) -> None:
-        """Announce an incarnation before its processes exist: all below it are fenced."""
+    def replica_starting(self, replica: int, incarnation: int, stopping: threading.Event) -> int | None:
+        """Announce an incarnation before its processes exist: all below it are fenced.
+
+        Args:
+            replica: its number.
+            incarnation: what is announced.
+            stopping: set from outside to give up waiting for the answer.
+
+        Returns:
+            How many dp ranks it is to start with; None = as the plan says.
+        """
         self._outbox.put(supervise.encode(supervise.ReplicaStarting(replica, incarnation)))
+        with self._started:
+            # A controller that has ended gives no answer; then the size does not matter any more.
+            while (replica, incarnation) not in self._sizes and not self._is_deaf and not stopping.is_set():
+                self._started.wait(SLICE_S)
+            return self._sizes.pop((replica, incarnation), None)
+
+    def grow_failed(self, replica: int, incarnation: int, op_id: str, reason: str) -> None:
+        """Ranks that the controller asked for will not come."""
+        self._outbox.put(supervise.encode(supervise.GrowFailed(replica, incarnation, op_id, reason)))
 
     def replica_gone(self, replica: int, incarnation: int, cause: str, error: str) -> None:
         """Its processes have ended."""
@@ -147,8 +168,15 @@ class ControllerProcess:
         with contextlib.suppress(grpc.RpcError):
             for data in self._call:
                 frame = supervise.decode(data)
-                if isinstance(frame, supervise.Reclaim):
-                    self._on_reclaim(frame)
+                if isinstance(frame, supervise.Start):
+                    with self._started:
+                        self._sizes[frame.replica, frame.incarnation] = frame.data
+                        self._started.notify_all()
+                elif isinstance(frame, supervise.Order):
+                    self._on_order(frame)
+        with self._started:
+            self._is_deaf = True
+            self._started.notify_all()
 
     def _read_errors(self) -> None:
         assert self._process.stderr is not None, "opened as a pipe"

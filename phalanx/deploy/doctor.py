@@ -11,12 +11,12 @@ from typing import NamedTuple, TypeVar
 
 from ray.util.placement_group import remove_placement_group
 
-from phalanx.deploy import replica
 from phalanx.deploy.config import ClusterConfig, load_config
 from phalanx.deploy.node_probe import NodeReport, ask_nodes, versions
 from phalanx.deploy.plan import DeploymentPlan
 from phalanx.deploy.ports import server_problems
 from phalanx.deploy.ray_cluster import RayCluster, local_hardware
+from phalanx.deploy.ray_groups import place, shortage
 from phalanx.deploy.resolve import resolve
 from phalanx.errors import PhalanxError
 from phalanx.models.hf_config import read_config
@@ -91,12 +91,12 @@ def _attempt(name: str, call: Callable[[], T], detail: str, tell: Tell) -> T | N
 
 def _resources(plan: DeploymentPlan) -> Check:
     """Whether Ray places all replicas at once; it is asked, and everything given back."""
-    groups = [replica.place(plan, f"phalanx-doctor-{number}") for number in range(plan.replicas)]
+    groups = [place(plan, f"phalanx-doctor-{number}") for number in range(plan.replicas)]
     try:
         placed = sum(group.wait(SEAT_S) for group in groups)
         if placed == len(groups):
             return Check("resources", True, f"Ray can place {placed} x {plan.parallel.shape.world_size} ranks")
-        return Check("resources", False, f"{placed} of {len(groups)} replicas can be placed: {replica.shortage(plan)}")
+        return Check("resources", False, f"{placed} of {len(groups)} replicas can be placed: {shortage(plan)}")
     finally:
         for group in groups:
             remove_placement_group(group)

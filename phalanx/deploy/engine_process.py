@@ -12,12 +12,28 @@ import time
 from collections.abc import Iterator
 
 import grpc
+import msgspec
 
 from phalanx.deploy.server.links import ENGINE_METHOD, LINK_OPTIONS
-from phalanx.errors import ReplicaLostError
-from phalanx.runtime import frames
+from phalanx.errors import ConfigError, ReplicaLostError
+from phalanx.runtime import frames, scale_report
 from phalanx.runtime.engine import Engine
-from phalanx.runtime.frames import Abort, Failed, Frame, Heartbeat, Hello, Place, Shutdown, TokenEvents, Welcome
+from phalanx.runtime.expert_load import rank_loads
+from phalanx.runtime.frames import (
+    Abort,
+    AbortScale,
+    AskScale,
+    Failed,
+    Frame,
+    Heartbeat,
+    Hello,
+    Place,
+    Scale,
+    Shutdown,
+    TokenEvents,
+    Welcome,
+)
+from phalanx.runtime.scaling import Phase, ScaleOp
 
 HEARTBEAT_S = 0.25
 IDLE_PROOF_S = 1.0
@@ -113,6 +129,8 @@ class EngineProcess:
         self._stop: str | None = None
         self._ended = threading.Event()
         self._last_step = time.monotonic()
+        self._op: ScaleOp | None = None
+        self._told: Phase | None = None
 
     def run(self) -> str:
         """Serve; returns the reason of an orderly end.
@@ -146,11 +164,12 @@ class EngineProcess:
         engine = self._engine
         idle = not engine.has_work
         due = idle and time.monotonic() - self._last_step > IDLE_PROOF_S
-        rows = engine.step(POLL_S, prove_alive=due, wake=self._wake)
+        rows = engine.step(POLL_S, now=time.monotonic(), prove_alive=due, wake=self._wake)
         if due or not idle:
             self._last_step = time.monotonic()
         if rows:
             self._link.send(TokenEvents(engine.scheduler.step, rows))
+        self._tell_scale()
         if idle and due:
             engine.check()
 
@@ -160,12 +179,44 @@ class EngineProcess:
                 self._engine.place(frame)
             case Abort():
                 self._engine.abort(frame)
+            case AskScale(call, data):
+                self._link.send(scale_report.estimate(self._engine, call, data))
+            case Scale():
+                self._scale(frame)
+            case AbortScale(op_id, reason):
+                self._engine.abort_scale(op_id, reason, time.monotonic())
             case Shutdown():
                 self._stop = frame.reason
             case Welcome():
                 return
             case _:
                 self._stop = f"the controller sent {type(frame).__name__}, which engines send"
+
+    def _scale(self, frame: Scale) -> None:
+        try:
+            self._engine.scale(frame.op_id, frame.data, time.monotonic())
+        except ConfigError as error:
+            self._link.send(scale_report.refused(self._engine, frame.op_id, str(error)))
+        self._tell_scale()
+
+    def _tell_scale(self) -> None:
+        """Tell the controller about the operation under way when its phase has changed, or when it is another one."""
+        op = self._engine.mesh.op
+        if self._op is not None and self._op is not op:
+            self._tell(self._op)  # it ended, and the engine began one of its own, within one turn
+        if op is not self._op:
+            self._op, self._told = op, None
+        if op is not None:
+            self._tell(op)
+
+    def _tell(self, op: ScaleOp) -> None:
+        if op.phase == self._told:
+            return
+        self._told = op.phase
+        state = scale_report.state(self._engine, op)
+        if state.ranks:
+            state = msgspec.structs.replace(state, ranks=[*self._hello.ranks[:1], *state.ranks])
+        self._link.send(state)
 
     def _heartbeats(self) -> None:
         seq = 0
@@ -178,6 +229,7 @@ def heartbeat(engine: Engine, seq: int) -> Heartbeat:
     """The engine's figures; plain integers, so that reading them beside the step thread is harmless."""
     scheduler = engine.scheduler
     caches = [domain.cache for domain in scheduler.domains]
+    planner = engine.mesh.planner
     return Heartbeat(
         seq,
         scheduler.step,
@@ -190,4 +242,7 @@ def heartbeat(engine: Engine, seq: int) -> Heartbeat:
         scheduler.num_preemptions,
         scheduler.num_generated_tokens,
         scheduler.num_prompt_tokens,
+        [] if planner is None else rank_loads(planner.config, planner.placements, planner.load.load()),
+        0 if planner is None else planner.num_dropped,
+        0 if planner is None else planner.num_moved,
     )

@@ -24,6 +24,12 @@ GAUGES: Mapping[str, tuple[str, Callable[[Heartbeat], float]]] = {
         "Share of the KV blocks in use.",
         lambda beat: 1 - beat.num_free_blocks / beat.num_total_blocks if beat.num_total_blocks else 0.0,
     ),
+    "phalanx_moe_balancedness_ratio": (
+        "Mean over largest load of the expert ranks; 1 = even.",
+        lambda beat: (
+            sum(beat.expert_load) / len(beat.expert_load) / max(beat.expert_load) if any(beat.expert_load) else 1.0
+        ),
+    ),
 }
 COUNTERS: Mapping[str, tuple[str, Callable[[Heartbeat], float]]] = {
     "phalanx_prefix_cache_queries": ("Prompt tokens looked up in the prefix cache.", lambda beat: beat.prefix_queries),
@@ -31,6 +37,8 @@ COUNTERS: Mapping[str, tuple[str, Callable[[Heartbeat], float]]] = {
     "phalanx_preemptions": ("Sequences put back into the queue.", lambda beat: beat.num_preemptions),
     "phalanx_engine_prompt_tokens": ("Prompt tokens computed.", lambda beat: beat.num_prompt_tokens),
     "phalanx_engine_generated_tokens": ("Tokens sampled.", lambda beat: beat.num_generated_tokens),
+    "phalanx_moe_dropped_choices": ("Choices of an expert dropped by a capacity limit.", lambda beat: beat.num_dropped),
+    "phalanx_moe_moved_experts": ("Experts that changed their slot while serving.", lambda beat: beat.num_moved),
 }
 
 

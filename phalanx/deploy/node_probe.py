@@ -15,7 +15,7 @@ from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import phalanx
-from phalanx.deploy.replica import describe
+from phalanx.deploy.ray_groups import describe
 from phalanx.deploy.server.addresses import split_address
 from phalanx.errors import PhalanxError
 from phalanx.models.checkpoint import Checkpoint

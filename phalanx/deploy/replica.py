@@ -1,23 +1,22 @@
 """One incarnation of a replica on Ray: a placement group, an engine actor, a worker actor per rank."""
 
-import secrets
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
-from ray.util.placement_group import placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.exceptions import GetTimeoutError, RayActorError, RayError
+from ray.util.placement_group import remove_placement_group
 
 from phalanx.deploy import plan as plans
-from phalanx.deploy.actors import EngineActor, EngineOrders, WorkerActor, new_key
+from phalanx.deploy.actors import EngineActor, EngineOrders, new_key
 from phalanx.deploy.plan import DeploymentPlan
+from phalanx.deploy.ray_groups import PLACEMENT_S, describe, in_bundle, place, shortage
+from phalanx.deploy.units import GrowFailure, Units
 from phalanx.errors import ConfigError, ReplicaLostError
 from phalanx.runtime.rank import Bootstrap
 
-PLACEMENT_S = 30.0
 ACTOR_S = 120.0
 SLICE_S = 1
 """Of a wait while starting; between two of them it may be stopped. Ray takes whole seconds for placement groups."""
@@ -27,19 +26,29 @@ LAST_WORDS_S = 1.0
 
 
 class Replica:
-    """Starts, watches and ends one incarnation; used by one thread.
+    """Starts, watches, scales and ends one incarnation; used by one thread.
 
     The tensor ranks of a (pp, dp) coordinate are one bundle, so they share a node. The group is top level: Ray kills
     even a stopped actor when its placement group goes, in 0.2 s, while `ray.kill` takes 5 s (reliability.md, 3.4).
+
+    Args:
+        plan: of the deployment.
+        replica, incarnation: who this is.
+        controller: where the engine dials.
+        data: dp ranks to start with; None = as the plan says.
     """
 
-    def __init__(self, plan: DeploymentPlan, replica: int, incarnation: int, controller: str) -> None:
+    def __init__(
+        self, plan: DeploymentPlan, replica: int, incarnation: int, controller: str, data: int | None = None
+    ) -> None:
         self._plan, self.replica, self.incarnation = plan, replica, incarnation
         self._controller = controller
+        self._data = plan.parallel.data if data is None else data
         self._group: Any = None
+        self._engine: Any = None
         self._engine_run: Any = None
-        self._worker_runs: list[Any] = []
-        self._actors: list[Any] = []
+        self._units: Units | None = None
+        self._failures: list[GrowFailure] = []
 
     def start(self, stopping: threading.Event) -> None:
         """Take the resources and start all actors; the ranks then load on their own.
@@ -51,80 +60,82 @@ class Replica:
             ConfigError: the cluster has not enough free resources.
             ReplicaLostError: an actor could not be started, or `stopping` is set.
         """
-        self._group = place(self._plan, f"phalanx-{self.replica}-{self.incarnation}")
+        name = f"phalanx-{self.replica}-{self.incarnation}"
+        self._group = place(self._plan, name, self._data)
         if not _until(self._group.wait, PLACEMENT_S, stopping):
-            raise ConfigError(shortage(self._plan))
+            raise ConfigError(shortage(self._plan, self._data))
         key, orders = new_key(), self._orders()
-        engine = self._actor(EngineActor, 0, 0, 0).remote(orders, key)
-        self._actors.append(engine)
-        asked = engine.address.remote()
+        self._engine = in_bundle(EngineActor, self._group, 0, 0, 0).remote(orders, key)
+        asked = self._engine.address.remote()
         try:
             _until(lambda slice_s: bool(ray.wait([asked], timeout=slice_s)[0]), ACTOR_S, stopping)
             address = ray.get(asked, timeout=0)
         except (RayError, GetTimeoutError) as error:
             raise ReplicaLostError(f"the engine of replica {self.replica} did not start: {describe(error)}") from error
-        is_cuda = self._plan.device == "cuda"
-        for rank in range(self._plan.parallel.shape.world_size):
-            bundle = rank // self._plan.parallel.tensor
-            worker = self._actor(WorkerActor, bundle, 0 if is_cuda else 1, 1 if is_cuda else 0).remote()
-            self._actors.append(worker)
-            self._worker_runs.append(worker.run.remote(Bootstrap(address, key, rank)))
-        self._engine_run = engine.run.remote()
+        self._units = Units(self._plan, name, self._group, self._data, lambda rank: Bootstrap(address, key, rank))
+        self._engine_run = self._engine.run.remote()
 
-    def wait(self, timeout_s: float) -> str | None:
+    def wait(self, timeout_s: float, *, has_served: bool = True) -> str | None:
         """None while it runs; the reason of an orderly end.
+
+        A rank that ends is a failure while the replica starts. Later the engine, which sees it first, decides what it
+        means: one that it has let go, or can do without, ends nothing.
 
         Raises:
             ReplicaLostError: the engine or a rank failed; the first failure is in the message.
         """
-        done, _ = ray.wait([self._engine_run, *self._worker_runs], timeout=timeout_s)
+        assert self._units is not None, "started"
+        done, _ = ray.wait([self._engine_run, *self._units.runs], timeout=timeout_s)
         if not done:
             return None
         if done[0] != self._engine_run:
-            ray.wait([self._engine_run], timeout=LAST_WORDS_S)
+            ended = self._units.ended(done[0])
+            if ended.op_id and ended.error:
+                self._failures.append(GrowFailure(ended.op_id, ended.outcome))
+            if has_served:
+                return None
+            if not ray.wait([self._engine_run], timeout=LAST_WORDS_S)[0]:
+                raise ReplicaLostError(ended.outcome)
         try:
             return str(ray.get(self._engine_run, timeout=0))
-        except GetTimeoutError:
-            rank = self._worker_runs.index(done[0])
-            raise ReplicaLostError(f"rank {rank} ended: {_outcome(done[0])}") from None
         except RayError as error:
             who = "the engine: " if isinstance(error, RayActorError) else ""
             raise ReplicaLostError(who + describe(error)) from error
 
+    def grow(self, op_id: str, units: Sequence[Sequence[int]], now: float) -> None:
+        """Start further ranks, one sequence per dp rank; `failures` says if they cannot come."""
+        assert self._units is not None, "started"
+        self._units.grow(op_id, units, now)
+
+    def shed(self, ranks: Sequence[int]) -> None:
+        """End ranks that the engine has let go."""
+        assert self._units is not None, "started"
+        self._units.end(ranks)
+
+    def failures(self, now: float) -> list[GrowFailure]:
+        """Ranks asked for with `grow` that will not come, since the last call."""
+        assert self._units is not None, "started"
+        failures, self._failures = [*self._failures, *self._units.overdue(now)], []
+        return failures
+
     def end(self) -> None:
         """Kill every actor and give the resources back; safe to call in any state."""
+        if self._units is not None:
+            self._units.close()
+            self._units = None
         if self._group is not None:
             remove_placement_group(self._group)
             self._group = None
-        self._actors = []
+        self._engine = None
 
     def _orders(self) -> EngineOrders:
         return EngineOrders(
             plan=plans.encode(self._plan),
             replica=self.replica,
             incarnation=self.incarnation,
+            data=self._data,
             controller=self._controller,
         )
-
-    def _actor(self, kind: type, bundle: int, num_cpus: int, num_gpus: int) -> Any:
-        strategy = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=bundle)
-        return ray.remote(kind).options(
-            num_cpus=num_cpus,
-            num_gpus=num_gpus,
-            max_restarts=0,
-            max_task_retries=0,
-            scheduling_strategy=strategy,
-        )
-
-
-def describe(error: BaseException) -> str:
-    """What a person should read of a Ray error: the cause's own text, not Ray's wrapping."""
-    if isinstance(error, RayTaskError) and error.cause is not None:
-        cause = error.cause
-        return str(cause) if isinstance(cause, ReplicaLostError) else f"{type(cause).__name__}: {cause}"
-    if isinstance(error, RayActorError):
-        return "the process died (" + str(error).strip().splitlines()[-1].strip() + ")"
-    return str(error)
 
 
 def _until(is_done: Callable[[int], bool], limit_s: float, stopping: threading.Event) -> bool:
@@ -136,36 +147,3 @@ def _until(is_done: Callable[[int], bool], limit_s: float, stopping: threading.E
         if time.monotonic() > deadline:
             return False
     return True
-
-
-def _outcome(run: Any) -> str:
-    try:
-        ray.get(run, timeout=0)
-    except RayError as error:
-        return describe(error)
-    return "it returned although the engine runs"
-
-
-def place(plan: DeploymentPlan, name: str) -> Any:
-    """Ask Ray for a replica's placement group; it may have to be waited for."""
-    strategy = "PACK" if plan.device == "cuda" else "SPREAD"
-    # Ray wants names that no other deployment on the cluster has.
-    return placement_group(_bundles(plan), strategy=strategy, name=f"{name}-{secrets.token_hex(4)}")
-
-
-def shortage(plan: DeploymentPlan) -> str:
-    """Why Ray could not place a replica, with what is free."""
-    bundles = _bundles(plan)
-    kind = next(iter(bundles[0]))
-    need = sum(bundle[kind] for bundle in bundles)
-    free, total = ray.available_resources().get(kind, 0), ray.cluster_resources().get(kind, 0)
-    return (
-        f"the Ray cluster has {free:g} of {total:g} {kind} free, the replica needs {need:g} in groups of "
-        f"{bundles[0][kind]:g} on one node: free or add nodes, or lower parallel or replicas"
-    )
-
-
-def _bundles(plan: DeploymentPlan) -> list[dict[str, float]]:
-    """One per tensor group, whose ranks share a node."""
-    kind = "GPU" if plan.device == "cuda" else "CPU"
-    return [{kind: float(plan.parallel.tensor)} for _ in range(plan.parallel.pipeline * plan.parallel.data)]

@@ -7,6 +7,7 @@ actors of a dead driver, and a local cluster's processes end with the process th
 import signal
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,8 +16,9 @@ from ray.exceptions import RayError
 
 from phalanx.deploy.controller_process import ControllerProcess
 from phalanx.deploy.plan import DeploymentPlan
-from phalanx.deploy.replica import LAST_WORDS_S, Replica, describe
-from phalanx.deploy.server.supervise import Reclaim
+from phalanx.deploy.ray_groups import describe
+from phalanx.deploy.replica import LAST_WORDS_S, Replica
+from phalanx.deploy.server.supervise import EndRanks, Order, Reclaim, StartRanks
 from phalanx.errors import PhalanxError, ReplicaLostError
 
 MAX_FAILED_STARTS = 3
@@ -58,7 +60,7 @@ class Supervisor:
         self._stopping = threading.Event()
         self._fatal: PhalanxError | None = None
         self._signals = 0
-        self._reclaims: dict[int, Reclaim] = {}
+        self._orders: deque[Order] = deque()
         self._serving: set[int] = set()
         self._lock = threading.Lock()
 
@@ -69,7 +71,7 @@ class Supervisor:
             ConfigError: a port is taken, or the cluster lacks resources.
             ReplicaLostError: a replica fails again and again; the first failing rank's traceback is in the message.
         """
-        controller = ControllerProcess(self._plan, self._on_reclaim, lambda line: self._report(Progress("log", line)))
+        controller = ControllerProcess(self._plan, self._on_order, lambda line: self._report(Progress("log", line)))
         previous = {kind: signal.signal(kind, self._on_signal) for kind in (signal.SIGTERM, signal.SIGINT)}
         threads = [
             threading.Thread(target=self._keep, args=(replica, controller), name=f"replica-{replica}")
@@ -99,9 +101,16 @@ class Supervisor:
     def _on_signal(self, kind: int, frame: object) -> None:
         self.stop()
 
-    def _on_reclaim(self, frame: Reclaim) -> None:
+    def _on_order(self, order: Order) -> None:
         with self._lock:
-            self._reclaims[frame.replica] = frame
+            self._orders.append(order)
+
+    def _take_orders(self, replica: Replica) -> list[Order]:
+        """What is to be done with an incarnation; what was for one before it is dropped."""
+        with self._lock:
+            mine = [order for order in self._orders if order.replica == replica.replica]
+            self._orders = deque(order for order in self._orders if order.replica != replica.replica)
+        return [order for order in mine if order.incarnation == replica.incarnation]
 
     def _watch(self, controller: ControllerProcess) -> None:
         passed_on = 0
@@ -123,8 +132,8 @@ class Supervisor:
         while not self._stopping.is_set() and self._fatal is None:
             incarnation += 1
             started = time.monotonic()
-            attempt = _Attempt(Replica(self._plan, number, incarnation, controller.engines))
-            controller.replica_starting(number, incarnation)
+            size = controller.replica_starting(number, incarnation, self._stopping)
+            attempt = _Attempt(Replica(self._plan, number, incarnation, controller.engines, size))
             error = ""
             try:
                 attempt.replica.start(self._stopping)
@@ -156,15 +165,21 @@ class Supervisor:
         """Watch an incarnation until it ends, is reclaimed, or the deployment stops."""
         replica = attempt.replica
         while not self._stopping.is_set():
-            with self._lock:
-                reclaim = self._reclaims.get(replica.replica)
-            if reclaim is not None and reclaim.incarnation >= replica.incarnation:
-                self._reclaimed(replica, reclaim.cause)
-                return
-            ended = replica.wait(0.05)
+            for order in self._take_orders(replica):
+                match order:
+                    case Reclaim():
+                        self._reclaimed(replica, order.cause)
+                        return
+                    case StartRanks():
+                        replica.grow(order.op_id, order.units, time.monotonic())
+                    case EndRanks():
+                        replica.shed(order.ranks)
+            ended = replica.wait(0.05, has_served=attempt.has_served)
             if ended is not None:
                 self._ended(ended)
                 return
+            for failure in replica.failures(time.monotonic()):
+                controller.grow_failed(replica.replica, replica.incarnation, *failure)
             if not attempt.has_served:
                 self._announce(attempt, controller)
 

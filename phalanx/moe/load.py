@@ -7,10 +7,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from phalanx.moe.load_window import LoadWindow
-
-__all__ = ["LoadCounter", "LoadWindow"]
-
 
 class LoadCounter:
     """A histogram per MoE layer of one rank.

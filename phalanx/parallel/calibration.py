@@ -71,10 +71,8 @@ def _cases(topology: EpTopology) -> Iterator[Case]:
     """Few and many messages tell o from L; the same on every rank."""
     num_nodes, num_ranks, num_local = topology.num_nodes, topology.num_ranks, topology.max_local
     fewest: list[tuple[Literal["inter", "intra"], Hop, int]] = [
-        ("inter", "rail", min(1, num_nodes - 1)),
         ("inter", "rail", num_nodes - 1),
         ("inter", "flat", num_ranks - num_local),
-        ("intra", "node", min(1, num_local - 1)),
         ("intra", "node", num_local - 1),
     ]
     by_number = {(tier, num_messages): hop for tier, hop, num_messages in reversed(fewest) if num_messages}

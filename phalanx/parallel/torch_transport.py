@@ -1,14 +1,19 @@
-"""Exchanges of an expert group over torch.distributed: gloo between CPU ranks, NCCL between GPUs."""
+"""Exchanges of an expert group over torch.distributed: gloo between CPU ranks, NCCL between GPUs.
+
+Between CPU ranks every request is one all-to-all, which posts all its messages at once. gloo's own all-gather and
+reduce-scatter pass rows on from rank to rank, wait for each other, and send half as much again.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from phalanx.errors import ReplicaLostError
 from phalanx.parallel.topology import EpTopology
-from phalanx.parallel.transport import AllGather, AllToAll, Counts, Hop, Pending, Request, empty_rows, peers
+from phalanx.parallel.transport import AllGather, AllToAll, Hop, Pending, ReduceScatter, Request, empty_rows, peers
 
 # torch 2.13 renames these two and warns on every rank; 2.11 knows the old names alone.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -71,25 +76,28 @@ class TorchTransport:
 
 def _start(request: Request, rows: Tensor, group: dist.ProcessGroup, num_peers: int, where: str) -> Pending:
     """Begin the collective of a request on a group of at least two."""
-    work: dist.Work | None
+    if isinstance(request, AllGather | ReduceScatter) and not len(rows):
+        return _Here(rows)  # everybody has as many rows: without any there is nothing to meet for
     try:
         match request:
             case AllToAll(send=send, receive=receive):
                 result = empty_rows(rows, sum(receive))
                 work = dist.all_to_all_single(result, rows, list(receive), list(send), group=group, async_op=True)
-            case Counts():
-                result = empty_rows(rows, len(rows))
-                work = dist.all_to_all_single(result, rows, group=group, async_op=True)
-            case AllGather():
+            case AllGather() if rows.is_cuda:
                 result = empty_rows(rows, len(rows) * num_peers)
-                # Everybody has as many rows: without any there is nothing to meet for, and gloo refuses it.
-                work = _all_gather(result, rows, group=group, async_op=True) if rows.numel() else None
-            case _:
+                work = _all_gather(result, rows, group=group, async_op=True)
+            case ReduceScatter() if rows.is_cuda:
                 result = empty_rows(rows, len(rows) // num_peers)
-                work = _reduce_scatter(result, rows, group=group, async_op=True) if rows.numel() else None
+                work = _reduce_scatter(result, rows, group=group, async_op=True)
+            case _:
+                if isinstance(request, AllGather):
+                    rows = rows.repeat(num_peers, *[1] * (rows.dim() - 1))
+                result = torch.empty_like(rows)
+                work = dist.all_to_all_single(result, rows, group=group, async_op=True)
     except RuntimeError as error:  # the base of all errors of torch.distributed
         raise ReplicaLostError(f"{where}: the exchange could not begin: {error}") from error
-    return _Here(result) if work is None else Sending(work.wait, where, result)
+    sending = Sending(work.wait, where, result)
+    return _Summed(sending, num_peers) if isinstance(request, ReduceScatter) and not rows.is_cuda else sending
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,3 +140,15 @@ class Sending:
                 raise ReplicaLostError(f"{self.where}: a peer is gone or late: {error}") from error
             self._wait = None
         return self.result
+
+
+@dataclass(frozen=True, slots=True)
+class _Summed:
+    """A reduce-scatter whose parts come unreduced; they are added in the order of the peers."""
+
+    parts: Sending
+    num_peers: int
+
+    def wait(self) -> Tensor:
+        parts: Tensor = self.parts.wait().unflatten(0, (self.num_peers, -1))
+        return parts.sum(0, dtype=parts.dtype)

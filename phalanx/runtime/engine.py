@@ -102,6 +102,7 @@ class Engine:
             if not isinstance(event, StepResult):
                 self.mesh.handle(event, now)
             elif event.generation == self.mesh.generation:  # else of a step that a lost rank has ended
+                self.mesh.note_step(event.seconds)
                 rows += self.scheduler.apply(event)
         for row in rows:
             if row.finish is not None:

@@ -1,9 +1,9 @@
 """What the expert groups do in each step: dispatcher, migrations under way, reports of load. Pure.
 
-The one owner of "which expert lives where": `placement` is what the ranks have switched to with the last plan. A layer
+The one owner of "which expert lives where": `placements` is what the ranks have switched to with the last plan. A layer
 moves in batches, each of which ends in a valid placement:
 
-    batch planned -> moves in a step -> all acknowledged -> flip in a step -> next batch
+    batch planned -> moves in a step -> all acknowledged -> flip in a step, with the moves of the next batch
 """
 
 from collections import deque
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from phalanx.moe.load import LoadWindow
+from phalanx.moe.load_window import LoadWindow
 from phalanx.moe.migrate import MoveBatch, plan_moves
 from phalanx.moe.placement.types import LayerPlacement
 from phalanx.parallel.topology import EpTopology
@@ -27,11 +27,11 @@ REPORT_STEPS = 32
 
 @dataclass(slots=True)
 class _Active:
-    """A batch whose rows are travelling; `unfinished` maps move ids to moves."""
+    """A batch whose rows are travelling, or staged when `unfinished`, by move id, is empty."""
 
     batch: MoveBatch
-    unfinished: dict[int, Move]
     moves: list[Move]
+    unfinished: dict[int, Move]
 
 
 @dataclass(slots=True)
@@ -67,11 +67,10 @@ class ExpertPlanner:
     ) -> None:
         self.config, self.topologies, self.policy = config, list(topologies), policy
         self.load = LoadWindow(config.num_experts)
-        self.num_dropped = self.num_moved = 0
+        self.num_dropped = self.num_moved = self.num_flips = 0
         self.rank_load: dict[int, int] = {}
         self._layers = [_Layer(placement) for placement in placements]
-        self._next_id = self._steps = 0
-        self._flips: list[Flip] = []
+        self._next_id = self.num_steps = 0
         self._retries: list[Move] = []
         self._free_staging: dict[tuple[int, int], list[int]] = {}
         self._reset_staging()
@@ -84,18 +83,23 @@ class ExpertPlanner:
     @property
     def is_migrating(self) -> bool:
         """Some layer has not reached its target."""
-        return bool(self._flips) or any(layer.pending or layer.active for layer in self._layers)
+        return any(layer.pending or layer.active for layer in self._layers)
 
     def step(self, tokens: Sequence[int]) -> ExpertStep:
         """The next step's part; `tokens` of each dp rank. Its flips and moves count as done by the ranks."""
-        self._steps += 1
-        flips, self._flips = self._flips, []
+        self.num_steps += 1
         moves, self._retries = self._retries, []
+        # First all flips, which free staging rows; a rank, too, flips before it moves.
+        flips = [
+            self._flip(index, layer, layer.active)
+            for index, layer in enumerate(self._layers)
+            if layer.active is not None and not layer.active.unfinished
+        ]
         for index, layer in enumerate(self._layers):
-            if layer.pending and layer.active is None and not any(flip.layer == index for flip in flips):
+            if layer.pending and layer.active is None:
                 moves += self._start(index, layer)
         kind = self.policy.choose(max(tokens, default=0))
-        return ExpertStep(kind, max(tokens, default=0), self._steps % REPORT_STEPS == 0, moves, flips)
+        return ExpertStep(kind, max(tokens, default=0), self.num_steps % REPORT_STEPS == 0, moves, flips)
 
     def migrate(self, targets: Mapping[int, LayerPlacement]) -> None:
         """Head for other placements of some layers; what a layer was heading for before ends after its batch."""
@@ -114,15 +118,11 @@ class ExpertPlanner:
 
     def on_moves(self, done: MovesDone) -> None:
         """Take acknowledgements; a damaged row travels again."""
-        for index, layer in enumerate(self._layers):
-            active = layer.active
-            if active is None:
-                continue
+        for active in (layer.active for layer in self._layers if layer.active is not None):
             for move_id in done.ids:
                 active.unfinished.pop(move_id, None)
-            self._retries += [active.unfinished[move_id] for move_id in done.failed if move_id in active.unfinished]
-            if not active.unfinished:
-                self._finish(index, layer, active)
+            damaged = [active.unfinished[move_id] for move_id in done.failed if move_id in active.unfinished]
+            self._retries += [move for move in damaged if move not in self._retries]
 
     def on_load(self, report: ExpertLoad) -> None:
         """Add a rank's counts."""
@@ -134,7 +134,7 @@ class ExpertPlanner:
         """Another generation: rows under way are forgotten with the old one's groups."""
         self.topologies = list(topologies)
         self._layers = [_Layer(placement) for placement in placements]
-        self._flips, self._retries = [], []
+        self._retries = []
         self.policy.enter(topologies)
         self._reset_staging()
 
@@ -146,11 +146,14 @@ class ExpertPlanner:
         """
         for layer, num_experts in zip(self._layers, self.config.num_experts, strict=True):
             layer.placement.validate(self.config.slots_per_rank, num_experts)
-        flying = sum(len(layer.active.moves) for layer in self._layers if layer.active is not None)
-        waiting = sum(len(flip.copies) // 2 for flip in self._flips)
-        free = sum(map(len, self._free_staging.values()))
-        assert free + flying == len(self._free_staging) * self.config.staging_rows, f"staging rows {free} + {flying}"
-        assert waiting <= self.num_moved
+        staged = {place: list(rows) for place, rows in self._free_staging.items()}
+        for layer in (layer for layer in self._layers if layer.active is not None):
+            assert layer.active is not None
+            assert layer.active.batch.layer.version == layer.placement.version + 1, "a batch of an older placement"
+            for move in layer.active.moves:
+                staged[self._place(move)].append(move.staging)
+        rows = list(range(self.config.staging_rows))
+        assert all(sorted(used) == rows for used in staged.values()), f"every staging row has one owner: {staged}"
 
     def _reset_staging(self) -> None:
         self._free_staging = {
@@ -171,19 +174,20 @@ class ExpertPlanner:
             staging = self._free_staging[place].pop()
             moves.append(Move(self._next_id, index, move.src_slot, move.dst_slot, staging))
             self._next_id += 1
-        layer.active = _Active(batch, {move.id: move for move in moves}, moves)
-        if not moves:  # a change of versions only
-            self._finish(index, layer, layer.active)
+        layer.active = _Active(batch, moves, {move.id: move for move in moves})
         return moves
 
-    def _finish(self, index: int, layer: _Layer, active: _Active) -> None:
-        stage, per_rank = self.config.stage_of[index], self.config.slots_per_rank
+    def _flip(self, index: int, layer: _Layer, active: _Active) -> Flip:
+        """All rows of a layer's batch are staged: they become slots with the next plan."""
         copies: list[int] = []
         for move in active.moves:
             copies += (move.staging, move.target)
-            # Free at once: the flip goes out with the same plan as, or before, the next move into the row.
-            self._free_staging[stage, move.target // per_rank].append(move.staging)
-        new = active.batch.layer
-        self._flips.append(Flip(index, new.version, list(new.physical_to_logical), copies))
+            self._free_staging[self._place(move)].append(move.staging)
+        layer.placement, layer.active = active.batch.layer, None
         self.num_moved += len(active.moves)
-        layer.placement, layer.active = new, None
+        self.num_flips += 1
+        return Flip(index, layer.placement.version, list(layer.placement.physical_to_logical), copies)
+
+    def _place(self, move: Move) -> tuple[int, int]:
+        """(stage, rank) whose staging row a move fills."""
+        return self.config.stage_of[move.layer], move.target // self.config.slots_per_rank

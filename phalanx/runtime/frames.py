@@ -159,7 +159,13 @@ class TokenEvents(msgspec.Struct, frozen=True, array_like=True, tag=12):
 
 
 class Heartbeat(msgspec.Struct, frozen=True, array_like=True, tag=13):
-    """Sent every 250 ms from a thread other than the step loop; counters are cumulative since the incarnation began."""
+    """Sent every 250 ms from a thread other than the step loop; counters are cumulative since the incarnation began.
+
+    Attributes:
+        expert_load: tokens that met the experts of each rank lately; empty for a dense model.
+        num_dropped: choices of an expert that a capacity limit dropped.
+        num_moved: experts that changed their slot while serving.
+    """
 
     seq: int
     step: int
@@ -172,6 +178,9 @@ class Heartbeat(msgspec.Struct, frozen=True, array_like=True, tag=13):
     num_preemptions: int
     num_generated_tokens: int
     num_prompt_tokens: int
+    expert_load: list[int] = []
+    num_dropped: int = 0
+    num_moved: int = 0
 
 
 class Failed(msgspec.Struct, frozen=True, array_like=True, tag=14):

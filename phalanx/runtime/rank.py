@@ -110,8 +110,9 @@ def _obey(worker: "Worker", order: plan.Order, sender: "Sender") -> None:
     """Carry out one order. A broken exchange between expert ranks is survived where the engine wants it so."""
     match order:
         case plan.StepPlan():
-            if worker.is_broken:
-                return  # planned before the engine knew
+            if worker.is_broken:  # planned before the engine knew
+                worker.skip(order)
+                return
             failure, result = "", None
             try:
                 result = worker.execute(order)

@@ -19,9 +19,10 @@ from phalanx.kernels.experts import Experts
 from phalanx.moe.group import ExpertGroup
 from phalanx.moe.placement.types import LayerPlacement
 from phalanx.parallel import calibration, membership, rendezvous
-from phalanx.parallel.membership import Membership
+from phalanx.parallel.membership import Membership, Mover
 from phalanx.parallel.mesh import Mesh
 from phalanx.parallel.topology import EpTopology
+from phalanx.parallel.torch_transport import Sending
 from phalanx.runtime.plan import (
     Enter,
     ExpertLoad,
@@ -40,9 +41,17 @@ TRAILER = 32
 """Bytes after a row on the wire: two checksums, the logical expert, the layer; i64 each."""
 
 
-class _Arrival(NamedTuple):
+COLUMNS = 512
+"""Words of a row are summed as lines of so many, which needs no memory of the row's size."""
+
+
+class _Task(NamedTuple):
+    """This rank's end of a move: `peer` sends the row here, or receives it, as `is_source` says."""
+
     move: Move
-    wait: Callable[[], Tensor]
+    expert: int
+    peer: int
+    is_source: bool
 
 
 class RankExperts:
@@ -91,7 +100,7 @@ class RankExperts:
         """Take the weights of the stage's MoE layers, loaded already; they are moved from and into."""
         self._rows = [one.rows for one in experts]
         widest = max(rows.shape[1] for rows in self._rows)
-        shape = (self._orders.staging_rows, widest + TRAILER)
+        shape = (self._orders.staging_rows, -(-(widest + TRAILER) // 8) * 8)
         self._staging = memory.empty(shape, torch.uint8, self._mesh.device)
 
     def begin(self, step: ExpertStep) -> None:
@@ -100,11 +109,15 @@ class RankExperts:
         Raises:
             PlanError: a layer, slot or staging row out of range.
         """
+        self.flip(step)
+        if step.moves:
+            self._move([move for move in step.moves if self._is_mine(move.layer)])
+
+    def flip(self, step: ExpertStep) -> None:
+        """Switch the layers that flip in a step, whether it runs or not: other ranks may have run it."""
         for flip in step.flips:
             if self._is_mine(flip.layer):
                 self._flip(flip)
-        if step.moves:
-            self._move([move for move in step.moves if self._is_mine(move.layer)])
 
     def report(self, num_dropped: int) -> None:
         """Send the loads counted since the last report."""
@@ -195,65 +208,67 @@ class RankExperts:
         self.group.flip(layer, LayerPlacement(flip.version, tuple(flip.physical_to_logical)))
 
     def _move(self, moves: list[Move]) -> None:
-        """Post all sends and receives of a step at once; a thread waits for them."""
+        """Hand this rank's part to the mover's thread, which need not be quick: sources are not overwritten meanwhile.
+
+        Raises:
+            PlanError: a staging row out of range.
+        """
         per_rank, me = self.group.slots_per_rank, self.group.rank
-        done: list[Move] = []
-        arrivals: list[_Arrival] = []
-        sends: list[Callable[[], Tensor]] = []
+        tasks = []
         for move in moves:
             source, target = move.source // per_rank, move.target // per_rank
             if me not in (source, target):
                 continue
-            if me == target and not 0 <= move.staging < len(self._staging):
+            if not 0 <= move.staging < len(self._staging):
                 raise PlanError(f"move {move.id}: staging row {move.staging} is not one of {len(self._staging)}")
-            width = self._rows[move.layer - self._first_layer].shape[1] + TRAILER
-            if me == source:
-                sealed = self._sealed(move)
-                if me == target:
-                    self._staging[move.staging, :width].copy_(sealed)
-                    done.append(move)
-                else:
-                    assert self._current is not None
-                    sends.append(self._current.mover.send(sealed, target, move.id).wait)
-            else:
-                assert self._current is not None
-                place = self._staging[move.staging, :width]
-                arrivals.append(_Arrival(move, self._current.mover.receive(place, source, move.id).wait))
-        if done or arrivals or sends:
-            self._thread.submit(self._finish, done, arrivals, sends)
+            expert = self.group.placements[move.layer - self._first_layer].physical_to_logical[move.source]
+            tasks.append(_Task(move, expert, target if me == source else source, me == source))
+        if tasks:
+            assert self._current is not None, "rows move between ranks"
+            self._thread.submit(self._carry, tasks, self._current.mover)
 
-    def _finish(self, done: list[Move], arrivals: list[_Arrival], sends: list[Callable[[], Tensor]]) -> None:
-        """Runs in the mover's thread: wait, verify, acknowledge."""
+    def _carry(self, tasks: list[_Task], mover: Mover) -> None:
+        """Runs in the mover's thread: begin all transfers of a step, in plan order, wait, verify, acknowledge."""
+        done: list[int] = []
+        failed: list[int] = []
         try:
-            for arrival in arrivals:
-                arrival.wait()
-                done.append(arrival.move)
-            for wait in sends:
-                wait()
+            begun = [(task, self._start(task, mover)) for task in tasks]
+            for task, transfer in begun:
+                transfer.wait()
+                if not task.is_source:
+                    (done if self._is_sound(task) else failed).append(task.move.id)
         except ReplicaLostError:
             return  # the step fails, too, and says so
-        failed = [move.id for move in done if not self._is_sound(move)]
-        if done:
-            self._send(MovesDone(self._spec.rank, [move.id for move in done if move.id not in failed], failed))
+        if done or failed:
+            self._send(MovesDone(self._spec.rank, done, failed))
 
-    def _sealed(self, move: Move) -> Tensor:
+    def _start(self, task: _Task, mover: Mover) -> Sending:
+        if task.is_source:
+            return mover.send(self._sealed(task), task.peer, task.move.id)
+        width = self._row_bytes(task) + TRAILER
+        return mover.receive(self._staging[task.move.staging, :width], task.peer, task.move.id)
+
+    def _row_bytes(self, task: _Task) -> int:
+        return self._rows[task.move.layer - self._first_layer].shape[1]
+
+    def _sealed(self, task: _Task) -> Tensor:
         """A row and its trailer, in memory of its own."""
-        layer = move.layer - self._first_layer
-        row = self._rows[layer][move.source % self.group.slots_per_rank]
-        expert = self.group.placements[layer].physical_to_logical[move.source]
-        return torch.cat([row, _trailer(row, expert, move.layer)])
+        row = self._rows[task.move.layer - self._first_layer][task.move.source % self.group.slots_per_rank]
+        return torch.cat([row, _trailer(row, task.expert, task.move.layer)])
 
-    def _is_sound(self, move: Move) -> bool:
-        layer = move.layer - self._first_layer
-        width = self._rows[layer].shape[1]
-        row, trailer = self._staging[move.staging, :width], self._staging[move.staging, width : width + TRAILER]
-        expert = self.group.placements[layer].physical_to_logical[move.source]
-        return torch.equal(trailer, _trailer(row, expert, move.layer))
+    def _is_sound(self, task: _Task) -> bool:
+        width, staged = self._row_bytes(task), self._staging[task.move.staging]
+        return torch.equal(staged[width : width + TRAILER], _trailer(staged[:width], task.expert, task.move.layer))
 
 
 def _trailer(row: Tensor, expert: int, layer: int) -> Tensor:
-    """Sum and position-weighted sum of the row's 32-bit words, modulo 2^64, and what the row claims to be."""
-    words = row[: row.numel() // 4 * 4].view(torch.int32).long()
-    weights = torch.arange(1, words.numel() + 1, device=row.device)
+    """Sum and position-weighted sum of the row's 64-bit words, modulo 2^64, and what the row claims to be."""
+    if row.numel() % (8 * COLUMNS) or row.storage_offset() % 8:  # no large row is such
+        row = torch.nn.functional.pad(row, (0, -row.numel() % (8 * COLUMNS))).clone()
+    words = row.view(torch.int64).view(-1, COLUMNS)
+    by_line, by_column = words.sum(1), words.sum(0)
+    lines = torch.arange(0, words.numel(), COLUMNS, device=row.device)
+    columns = torch.arange(1, 1 + COLUMNS, device=row.device)
+    total, weighted = by_line.sum(), (by_line * lines).sum() + (by_column * columns).sum()
     ends = torch.tensor([expert, layer], device=row.device)
-    return torch.cat([words.sum().view(1), (words * weights).sum().view(1), ends]).view(torch.uint8)
+    return torch.cat([total.view(1), weighted.view(1), ends]).view(torch.uint8)

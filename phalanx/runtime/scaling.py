@@ -2,11 +2,12 @@
 
     PREPARING   new ranks start and load; a shrinking group moves experts off the ranks that will go; the groups of the
                 next generation are built beside the ones in use. The old generation serves all the time.
-    COMMITTING  no step is planned until those in flight are back; then all ranks enter the next generation.
+    COMMITTING  no step is planned until those in flight are back; then, at once, all ranks enter the next generation.
     DONE        the removed ranks are ended.    ABORTED   the old size, as if nothing had been.
 
-Until COMMITTING every failure leads to ABORTED, from then on only forward. A repair after a lost rank is the same
-without a generation that serves: its PREPARING runs while the engine plans nothing.
+`Commit` is the point of no return: every failure before it leads to ABORTED, a loss after it is a repair of the new
+generation. A repair after a lost rank is the same without a generation that serves: its PREPARING runs while the engine
+plans nothing, a further loss ends it for a repair without both, and only its deadline ends the replica.
 """
 
 from collections.abc import Sequence
@@ -39,7 +40,7 @@ class Commit(NamedTuple):
 
 
 class Undo(NamedTuple):
-    """Send `Discard` to the ranks that stay, end the added ones, head back to an ordinary placement."""
+    """Send `Discard` to the members and end the added ranks."""
 
 
 class Fail(NamedTuple):
@@ -133,15 +134,16 @@ class ScaleOp:
         if generation != self.goal.generation or self.phase != "PREPARING" or self._building is None:
             return []
         if error:
-            return self.abort(f"rank {rank} could not build its groups: {error}")
+            self.detail = f"rank {rank} could not build its groups: {error}"
+            # In a repair the likely cause is another lost rank, whose end is not known here yet.
+            return [] if self.goal.is_repair else self.abort(self.detail)
         self._building.discard(rank)
         return self._advance(now)
 
     def lost(self, rank: int, reason: str) -> list[Effect]:
-        """A rank is gone. Whether the replica survives the loss of a member is not decided here."""
-        if self.phase == "PREPARING":
-            return self.abort(reason)
-        return [] if self.is_over or rank in self.goal.removed else [Fail(reason)]
+        """A rank is gone, a new or an old one. The loss of a member is for another operation to repair."""
+        counts = rank in self.goal.members or (rank in self.goal.removed and not self.goal.is_repair)
+        return self.abort(reason) if counts else []
 
     def drained(self) -> list[Effect]:
         """No step is in flight."""
@@ -155,17 +157,19 @@ class ScaleOp:
         if self.is_over or now < self._deadline:
             return []
         if self.phase == "COMMITTING":
-            return [Fail(f"{self.goal.op_id}: steps in flight did not come back within {COMMITTING_S} s")]
+            return self.abort(f"steps in flight did not come back within {COMMITTING_S} s")
         missing = sorted(self._loading or self._building or ())
         what = "evacuate the ranks that go" if self.is_evacuating else f"wait for ranks {missing}"
-        return self.abort(f"the time to {what} is over")
+        reason = "; ".join(filter(None, (f"the time to {what} is over", self.detail)))
+        effects = self.abort(reason)
+        return [Fail(f"{self.goal.op_id}: {reason}")] if self.goal.is_repair else effects
 
     def abort(self, reason: str) -> list[Effect]:
-        """Back to the old size; after the point of no return this does nothing."""
-        if self.phase != "PREPARING":
+        """Back to the old size; nothing once the operation is over."""
+        if self.is_over:
             return []
         self.phase, self.detail = "ABORTED", reason
-        return [Fail(reason)] if self.goal.is_repair else [Undo()]
+        return [Undo()]
 
     def _advance(self, now: float) -> list[Effect]:
         if self.phase != "PREPARING" or self._loading or self.is_evacuating:

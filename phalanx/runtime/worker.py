@@ -118,8 +118,13 @@ class Worker:
         """Whether this rank waits for another generation when an exchange fails, instead of ending."""
         return self.spec.experts is not None and self.spec.experts.outlives_peers
 
+    def skip(self, plan: StepPlan) -> None:
+        """Of a plan that follows a broken step: only the flips, which the engine counts as done."""
+        if self.experts is not None and plan.experts is not None:
+            self.experts.flip(plan.experts)
+
     def break_off(self) -> None:
-        """After a step that failed in an exchange: drop plans until `enter`."""
+        """After a step that failed in an exchange: skip plans until `enter`."""
         assert self.experts is not None
         self.is_broken = True
         self.experts.leave()  # peers that wait for this rank in another exchange wake up, too

@@ -22,8 +22,8 @@ from phalanx.kernels.experts import build
 from phalanx.kernels.triton import moe_ffn
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
-if not triton.knobs.runtime.interpret:
-    pytest.skip("TRITON_INTERPRET=0: the kernels would need a GPU", allow_module_level=True)
+if type(triton.language.sum).__name__ != "InterpretedFunction":
+    pytest.skip("Triton was imported before TRITON_INTERPRET=1 was set", allow_module_level=True)
 pytestmark = [  # of NumPy, which interprets
     pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning"),

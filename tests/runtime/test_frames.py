@@ -10,12 +10,18 @@ import pytest
 from phalanx.runtime import frames
 from phalanx.runtime.frames import (
     Abort,
+    AbortScale,
+    AskScale,
     Failed,
     Frame,
     Heartbeat,
     Hello,
     Place,
+    Scale,
+    ScaleEstimate,
+    ScaleState,
     Shutdown,
+    StageBytes,
     TokenEvents,
     TokenLogprobs,
     TokenRow,
@@ -44,6 +50,12 @@ EXAMPLES: list[Frame] = [
     TokenEvents(13, []),
     Heartbeat(*range(11)),
     Failed(3, "node", "/log", "Traceback ..."),
+    AskScale(7, 4),
+    Scale("grow", 4),
+    AbortScale("grow", "no room"),
+    ScaleEstimate(7, "", 2, 2, 4, 1, 1, 8, 16, [StageBytes(5, 6, 7, 2**40)], 3, 2**40),
+    ScaleState("grow", "PREPARING", "", 2, [[2], [3]], [], []),
+    ScaleState("grow", "ABORTED", "rank 2 died", 2, [], [2, 3], ["rank 0: é"]),
 ]
 
 
@@ -108,7 +120,8 @@ def test_nesting_without_end() -> None:
 REFUSED = {
     "nothing": b"",
     "no array": msgspec.msgpack.encode({"kind": 1}),
-    "an unknown kind": msgspec.msgpack.encode([5, 1, 7]),
+    "an unknown kind": msgspec.msgpack.encode([8, 1, 7]),
+    "an unknown phase": msgspec.msgpack.encode([16, "grow", "READY", "", 2, [], [], []]),
     "a missing field": msgspec.msgpack.encode([1, 1]),
     "another type": msgspec.msgpack.encode([1, 1, "7"]),
     "a job without a name": msgspec.msgpack.encode([3, "", 1]),

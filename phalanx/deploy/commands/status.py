@@ -37,7 +37,7 @@ def print_state(console: Console, state: ClusterState, where: str) -> None:
     console.print(Text(f"{state.model} at {where}: {mode}, phalanx {state.version}"), soft_wrap=True)
     console.print(f"jobs: {jobs.running} running, {jobs.queued} queued, {jobs.finished} finished and kept")
     table = Table(box=None, pad_edge=False)
-    for heading in ("replica", "state", "start", "running", "waiting", "free blocks", "prefix hits", "tokens"):
+    for heading in ("replica", "state", "start", "data", "running", "waiting", "free blocks", "prefix hits", "tokens"):
         table.add_column(heading, justify="left" if heading == "state" else "right", no_wrap=True)
     for replica in state.replicas:
         table.add_row(*_row(replica))
@@ -56,6 +56,7 @@ def _row(replica: ReplicaStatus) -> tuple[str, ...]:
         str(replica.replica),
         replica.state,
         start,
+        str(replica.data),
         *map(str, counts),
         blocks,
         hits,
@@ -64,7 +65,14 @@ def _row(replica: ReplicaStatus) -> tuple[str, ...]:
 
 
 def _last_words(replica: ReplicaStatus) -> list[str]:
-    return [f"last failure: {replica.error}"] if replica.error else []
+    scale = replica.scale
+    under_way = [] if scale is None else [f"scaling {scale.old} -> {scale.new} ({scale.op_id}): {scale.phase}"]
+    experts = []
+    if any(replica.expert_load):
+        balance = sum(replica.expert_load) / len(replica.expert_load) / max(replica.expert_load)
+        loads = ", ".join(map(str, replica.expert_load))
+        experts = [f"expert load per rank: {loads} tokens (balancedness {balance:.2f}), {replica.num_moved} moved"]
+    return [*experts, *under_way, *([f"last failure: {replica.error}"] if replica.error else [])]
 
 
 def _age(started: float) -> str:

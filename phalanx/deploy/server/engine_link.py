@@ -15,7 +15,7 @@ from phalanx.deploy.server.links import SERVICE
 from phalanx.deploy.server.shell import Outbox, Shell
 from phalanx.errors import PhalanxError
 from phalanx.runtime import frames
-from phalanx.runtime.controller.events import FrameReceived, ReplicaGone, ReplicaStarting
+from phalanx.runtime.controller.events import FrameReceived, GrowFailed, ReplicaGone, ReplicaStarting
 
 _logger = log.get("controller")
 
@@ -76,6 +76,10 @@ class EngineLinks:
                 fields = log.fields(replica=replica, incarnation=incarnation, cause=cause, error=error)
                 _logger.warning("replica gone", extra=fields)
                 self._shell.handle(ReplicaGone(replica, incarnation, cause, error))
+            case supervise.GrowFailed(replica, incarnation, op_id, reason):
+                fields = log.fields(replica=replica, incarnation=incarnation, op_id=op_id, error=reason)
+                _logger.warning("ranks cannot be started", extra=fields)
+                self._shell.handle(GrowFailed(replica, incarnation, op_id, reason))
             case _:
                 raise frames.WireError(f"{type(frame).__name__} is a frame of the controller")
 

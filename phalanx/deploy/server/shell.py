@@ -8,18 +8,26 @@ from contextlib import contextmanager
 
 from phalanx import log
 from phalanx.deploy.server import supervise
+from phalanx.errors import UnavailableError
 from phalanx.runtime import frames
 from phalanx.runtime.controller.core import Core
 from phalanx.runtime.controller.events import (
+    AskScale,
     Changed,
     Close,
     Drained,
+    Effect,
+    EndRanks,
     Event,
     LinkLost,
     Reclaim,
+    ScaleAnswer,
     Send,
+    Start,
+    StartRanks,
     SupervisorUp,
 )
+from phalanx.runtime.frames import ScaleEstimate
 
 _logger = log.get("controller")
 
@@ -42,36 +50,36 @@ class Shell:
         self._outboxes: dict[int, Outbox] = {}
         self._supervisors: list[Outbox] = []
         self._watchers: dict[str, set[asyncio.Event]] = {}
+        self._calls = itertools.count(1)
+        self._answers: dict[int, asyncio.Future[ScaleEstimate | None]] = {}
 
     def handle(self, event: Event) -> None:
         """Give an event to the core, now; raises what the core refuses a client with."""
         for effect in self.core.handle(event, self._clock()):
-            match effect:
-                case Send(link, frame):
-                    if link in self._outboxes:
-                        self._outboxes[link].put_nowait(frames.encode(frame))
-                case Close(link):
-                    if link in self._outboxes:
-                        self._outboxes[link].put_nowait(None)
-                case Changed(request_id):
-                    for changed in self._watchers.get(request_id, ()):
-                        changed.set()
-                case Reclaim(replica, incarnation, cause):
-                    _logger.warning(
-                        "replica fenced",
-                        extra=log.fields(
-                            replica=replica,
-                            incarnation=incarnation,
-                            cause=cause,
-                            error=self.core.replicas[replica].error,
-                        ),
-                    )
-                    self._tell(supervise.Reclaim(replica, incarnation, cause))
-                case Drained():
-                    self.drained.set()
-                    self._tell(supervise.DrainDone())
+            self._carry_out(effect)
         if not self.core.is_draining:
             self.drained.clear()
+
+    async def ask_scale(self, replica: int, data: int, timeout_s: float) -> ScaleEstimate:
+        """What an engine says about scaling its replica.
+
+        Raises:
+            UnavailableError: the replica is not up, is lost meanwhile, or does not answer in time.
+            InvalidRequestError: there is no such replica.
+        """
+        call = next(self._calls)
+        answer: asyncio.Future[ScaleEstimate | None] = asyncio.get_running_loop().create_future()
+        self._answers[call], estimate = answer, None
+        try:
+            self.handle(AskScale(call, replica, data))
+            estimate = await asyncio.wait_for(answer, timeout_s)
+        except TimeoutError:
+            pass
+        finally:
+            del self._answers[call]
+        if estimate is None:
+            raise UnavailableError(f"replica {replica} was asked what scaling takes and has not answered; retry later")
+        return estimate
 
     def open_link(self) -> tuple[int, Outbox]:
         """A new engine connection: its number, and what is to be sent to it."""
@@ -108,6 +116,36 @@ class Shell:
             self._watchers[request_id].discard(changed)
             if not self._watchers[request_id]:
                 del self._watchers[request_id]
+
+    def _carry_out(self, effect: Effect) -> None:
+        match effect:
+            case Send(link, frame):
+                if link in self._outboxes:
+                    self._outboxes[link].put_nowait(frames.encode(frame))
+            case Close(link):
+                if link in self._outboxes:
+                    self._outboxes[link].put_nowait(None)
+            case Changed(request_id):
+                for changed in self._watchers.get(request_id, ()):
+                    changed.set()
+            case Reclaim(replica, incarnation, cause):
+                error = self.core.replicas[replica].error
+                fields = log.fields(replica=replica, incarnation=incarnation, cause=cause, error=error)
+                _logger.warning("replica fenced", extra=fields)
+                self._tell(supervise.Reclaim(replica, incarnation, cause))
+            case Start(replica, incarnation, data):
+                self._tell(supervise.Start(replica, incarnation, data))
+            case StartRanks(replica, incarnation, op_id, units):
+                self._tell(supervise.StartRanks(replica, incarnation, op_id, [list(unit) for unit in units]))
+            case EndRanks(replica, incarnation, ranks):
+                self._tell(supervise.EndRanks(replica, incarnation, list(ranks)))
+            case ScaleAnswer(call, estimate):
+                answer = self._answers.get(call)
+                if answer is not None and not answer.done():
+                    answer.set_result(estimate)
+            case Drained():
+                self.drained.set()
+                self._tell(supervise.DrainDone())
 
     def _tell(self, frame: supervise.Frame) -> None:
         for outbox in self._supervisors:

@@ -1,10 +1,10 @@
 """Frames between the controller and the supervisor, which dials the engine port like an engine does.
 
-    supervisor -> controller   SupervisorHello  ReplicaStarting  ReplicaGone
-    controller -> supervisor   Reclaim  DrainDone
+    supervisor -> controller   SupervisorHello  ReplicaStarting  ReplicaGone  GrowFailed
+    controller -> supervisor   Reclaim  DrainDone  Start  StartRanks  EndRanks
 
 The supervisor allocates incarnations, one more for each start of a replica, and announces a number before the
-processes that carry it exist.
+processes that carry it exist; `Start` is the answer. What names another incarnation than the running one is dropped.
 """
 
 import msgspec
@@ -41,6 +41,15 @@ class ReplicaGone(msgspec.Struct, frozen=True, array_like=True, tag=3):
     error: str
 
 
+class GrowFailed(msgspec.Struct, frozen=True, array_like=True, tag=4):
+    """A rank of `StartRanks` could not be placed or started, or its process ended."""
+
+    replica: int
+    incarnation: int
+    op_id: str
+    reason: str
+
+
 class Reclaim(msgspec.Struct, frozen=True, array_like=True, tag=11):
     """End the processes of this incarnation, which is fenced, and start the replica anew; asked again on reconnect."""
 
@@ -53,7 +62,37 @@ class DrainDone(msgspec.Struct, frozen=True, array_like=True, tag=12):
     """The controller is draining and its last job has ended."""
 
 
-Frame = SupervisorHello | ReplicaStarting | ReplicaGone | Reclaim | DrainDone
+class Start(msgspec.Struct, frozen=True, array_like=True, tag=13):
+    """This incarnation may start, with so many dp ranks; None = as the plan says."""
+
+    replica: int
+    incarnation: int
+    data: int | None
+
+
+class StartRanks(msgspec.Struct, frozen=True, array_like=True, tag=14):
+    """Start these ranks, one list per dp rank, and let them dial the engine; may be asked twice."""
+
+    replica: int
+    incarnation: int
+    op_id: str
+    units: list[list[int]]
+
+
+class EndRanks(msgspec.Struct, frozen=True, array_like=True, tag=15):
+    """End the processes of these ranks and give back what they used."""
+
+    replica: int
+    incarnation: int
+    ranks: list[int]
+
+
+Order = Reclaim | StartRanks | EndRanks
+"""What a supervisor does with a running incarnation."""
+
+Frame = (
+    SupervisorHello | ReplicaStarting | ReplicaGone | GrowFailed | Reclaim | DrainDone | Start | StartRanks | EndRanks
+)
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[Frame] = msgspec.msgpack.Decoder(Frame)

@@ -388,7 +388,7 @@ def test_hello_rules() -> None:
     effects = bench.hello(5, incarnation=6)
     assert ev.Close(2) in effects
     assert bench.core.meters.losses["replaced"] == 1
-    assert bench(ev.ReplicaStarting(0, 6)) == []
+    assert bench(ev.ReplicaStarting(0, 6)) == [ev.Start(0, 6, None)]
     bench(ev.ReplicaStarting(0, 7))
     assert (bench.core.replicas[0].state, bench.core.is_ready) == ("starting", False)
     bench(ev.FrameReceived(77, BEAT))

@@ -55,7 +55,8 @@ struct Plan {
 };
 
 // False if a slot is out of range.
-bool make_plan(Plan& plan, const ExpertShape& s, const int* slots, const unsigned char* weights, long rows, long top_k) {
+bool make_plan(Plan& plan, const ExpertShape& s, const int* slots, const unsigned char* storage, long rows,
+               long top_k) {
     std::vector<long> begin(s.num_slots + 1);
     plan.first_index.resize(rows + 1);
     for (long row = 0, index = 0; row < rows; ++row) {
@@ -70,7 +71,7 @@ bool make_plan(Plan& plan, const ExpertShape& s, const int* slots, const unsigne
         const long count = begin[slot + 1], first = begin[slot], blocks = ceil_div(count, BLOCK_ROWS);
         begin[slot + 1] += first;
         for (long b = 0; b < blocks; ++b)
-            plan.groups.push_back({(const float*)(weights + slot * s.row_bytes), first + count * b / blocks,
+            plan.groups.push_back({(const float*)(storage + slot * s.row_bytes), first + count * b / blocks,
                                    first + count * (b + 1) / blocks});
     }
     plan.pairs.resize(begin[s.num_slots]);
@@ -88,6 +89,14 @@ INLINE vec activate(const ExpertShape& s, vec gate, vec up) {
     return swiglu_clamped(gate, up, s.alpha, s.limit);
 }
 
+// One panel times the rows of one group.
+struct Item {
+    const Group* group;
+    const float* weights;
+    long g, panel;  // number of the group; of the panel in its kind
+    bool down;
+};
+
 template <class T>
 struct Experts {
     const ExpertShape& shape;
@@ -96,80 +105,69 @@ struct Experts {
     const T* x;
     T *inner, *outputs;  // of the sorted pairs (M, I); of the pairs in row-major order (M, D)
 
-    // inner = act(gate) * up of one group and panel. `inner` of the rows of a group is contiguous.
-    template <int R>
-    void gate_up_rows(const Group& group, long panel, long from, const float* ahead, int lines) const {
-        const T* row[R];
-        UNROLL for (int r = 0; r < R; ++r) row[r] = x + plan.pairs[from + r].row * shape.hidden;
-        vec acc[R][VECTORS] = {};
-        multiply<T, R, VECTORS, PANEL>(acc, row, group.weights + panel * layout.gate_up_size, words<T>(shape.hidden),
-                                       ahead, lines);
-        vec sums[R][VECTORS];  // in memory, so that the activation is one loop and not unrolled
-        UNROLL for (int r = 0; r < R; ++r) UNROLL for (int v = 0; v < VECTORS; ++v) sums[r][v] = acc[r][v];
-        const float* bias = group.weights + layout.gate_up_bias() + panel * PANEL;
-        for (int r = 0; r < R; ++r)
-            for (int v = 0; v < VECTORS / 2; ++v) {
-                const int left = shape.inner - panel * HALF - v * LANES;
-                vec gate = sums[r][v], up = sums[r][v + VECTORS / 2];
-                if (shape.bias) gate += load(bias + v * LANES), up += load(bias + HALF + v * LANES);
-                if (left > 0)
-                    store_part(inner + (from + r) * shape.inner + panel * HALF + v * LANES, activate(shape, gate, up),
-                               left);
-            }
-    }
+    long num_first() const { return plan.groups.size() * layout.gate_up_panels; }
+    long num_items() const { return num_first() + plan.groups.size() * layout.down_panels; }
 
-    template <int R>
-    void down_rows(const Group& group, long panel, long from, const float* ahead, int lines) const {
-        const T* row[R];
-        UNROLL for (int r = 0; r < R; ++r) row[r] = inner + (from + r) * shape.inner;
-        vec acc[R][VECTORS] = {};
-        multiply<T, R, VECTORS, PANEL>(acc, row, group.weights + layout.down() + panel * layout.down_size,
-                                       words<T>(shape.inner), ahead, lines);
-        const float* bias = group.weights + layout.down_bias() + panel * PANEL;
-        UNROLL for (int v = 0; v < VECTORS; ++v) {
-            const int left = shape.hidden - panel * PANEL - v * LANES;
-            if (left <= 0) break;
-            const vec b = shape.bias ? load(bias + v * LANES) : vec{};
-            UNROLL for (int r = 0; r < R; ++r)
-                store_part(outputs + plan.pairs[from + r].index * shape.hidden + panel * PANEL + v * LANES,
-                           acc[r][v] + b, left);
-        }
-    }
-
-    const float* panel_of(long item) const {
-        const long first_kind = plan.groups.size() * layout.gate_up_panels;
-        if (item < first_kind)
-            return plan.groups[item / layout.gate_up_panels].weights + item % layout.gate_up_panels * layout.gate_up_size;
-        item -= first_kind;
-        if (item >= (long)plan.groups.size() * layout.down_panels) return nullptr;
-        return plan.groups[item / layout.down_panels].weights + layout.down() +
-               item % layout.down_panels * layout.down_size;
+    Item item_at(long i) const {
+        const bool down = i >= num_first();
+        if (down) i -= num_first();
+        const long panels = down ? layout.down_panels : layout.gate_up_panels, g = i / panels, panel = i % panels;
+        const Group& group = plan.groups[g];
+        const long at = down ? layout.down() + panel * layout.down_size : panel * layout.gate_up_size;
+        return {&group, group.weights + at, g, panel, down};
     }
 
     void run(std::atomic<long>& claimed, std::vector<std::atomic<int>>& done) const {
-        const long num_groups = plan.groups.size(), first_kind = num_groups * layout.gate_up_panels,
-                   items = first_kind + num_groups * layout.down_panels;
+        const long items = num_items();
         // One ahead, so that a thread knows which panel to fetch next.
         for (long i = claimed.fetch_add(1), following; i < items; i = following) {
             following = claimed.fetch_add(1);
-            const float* ahead = panel_of(following);
-            const bool second = i >= first_kind;
-            const long g = second ? (i - first_kind) / layout.down_panels : i / layout.gate_up_panels;
-            const long panel = second ? (i - first_kind) % layout.down_panels : i % layout.gate_up_panels;
-            const Group& group = plan.groups[g];
-            if (!second) {
-                in_groups<ROWS>(group.first, group.last, words<T>(shape.hidden), VECTORS, ahead,
-                                [&](auto rows, long from, const float* fetch, int lines) {
-                                    gate_up_rows<rows.value>(group, panel, from, fetch, lines);
-                                });
-                done[g].fetch_add(1, std::memory_order_release);
-            } else {
-                wait_for(done[g], layout.gate_up_panels);
-                in_groups<ROWS>(group.first, group.last, words<T>(shape.inner), VECTORS, ahead,
-                                [&](auto rows, long from, const float* fetch, int lines) {
-                                    down_rows<rows.value>(group, panel, from, fetch, lines);
-                                });
+            const Item item = item_at(i);
+            const float* next = following < items ? item_at(following).weights : nullptr;
+            const long num_words = words<T>(item.down ? shape.inner : shape.hidden);
+            if (item.down) wait_for(done[item.g], layout.gate_up_panels);
+            in_groups<ROWS, VECTORS>(item.group->first, item.group->last, num_words, item.weights, next,
+                                     [&](auto rows, long from, const Fetch& fetch) {
+                                         if (item.down)
+                                             down_rows<rows.value>(item, from, fetch);
+                                         else
+                                             gate_up_rows<rows.value>(item, from, fetch);
+                                     });
+            if (!item.down) done[item.g].fetch_add(1, std::memory_order_release);
+        }
+    }
+
+    template <int R>
+    void gate_up_rows(const Item& item, long from, const Fetch& fetch) const {
+        const T* row[R];
+        UNROLL for (int r = 0; r < R; ++r) row[r] = x + plan.pairs[from + r].row * shape.hidden;
+        vec acc[R][VECTORS] = {};
+        multiply<T, R, VECTORS, PANEL>(acc, row, item.weights, words<T>(shape.hidden), fetch);
+        vec sums[R][VECTORS];  // in memory, so that the activation is a loop and not unrolled
+        UNROLL for (int r = 0; r < R; ++r) UNROLL for (int v = 0; v < VECTORS; ++v) sums[r][v] = acc[r][v];
+        const float* bias = item.group->weights + layout.gate_up_bias() + item.panel * PANEL;
+        for (int r = 0; r < R; ++r)
+            for (int v = 0; v < VECTORS / 2; ++v) {
+                const long at = item.panel * HALF + v * LANES, left = shape.inner - at;
+                vec gate = sums[r][v], up = sums[r][v + VECTORS / 2];
+                if (shape.bias) gate += load(bias + v * LANES), up += load(bias + HALF + v * LANES);
+                if (left > 0) store_part(inner + (from + r) * shape.inner + at, activate(shape, gate, up), left);
             }
+    }
+
+    template <int R>
+    void down_rows(const Item& item, long from, const Fetch& fetch) const {
+        const T* row[R];
+        UNROLL for (int r = 0; r < R; ++r) row[r] = inner + (from + r) * shape.inner;
+        vec acc[R][VECTORS] = {};
+        multiply<T, R, VECTORS, PANEL>(acc, row, item.weights, words<T>(shape.inner), fetch);
+        const float* bias = item.group->weights + layout.down_bias() + item.panel * PANEL;
+        UNROLL for (int v = 0; v < VECTORS; ++v) {
+            const long at = item.panel * PANEL + v * LANES, left = shape.hidden - at;
+            if (left <= 0) break;
+            const vec b = shape.bias ? load(bias + v * LANES) : vec{};
+            UNROLL for (int r = 0; r < R; ++r)
+                store_part(outputs + plan.pairs[from + r].index * shape.hidden + at, acc[r][v] + b, left);
         }
     }
 
@@ -213,8 +211,8 @@ long experts(const ExpertShape& shape, const T* x, const int* slots, const float
 }
 
 template <class T>
-void pack(const ExpertShape& s, float* to, const T* gate_up, const T* down, const float* gate_up_bias, const float* down_bias,
-          int threads) {
+void pack(const ExpertShape& s, float* to, const T* gate_up, const T* down, const float* gate_up_bias,
+          const float* down_bias, int threads) {
     const Layout<T> layout(s);
     const auto gate_up_output = [&](long panel, int c) {  // its row of gate_up, or -1
         const long i = panel * HALF + c % HALF;
@@ -246,14 +244,14 @@ void pack(const ExpertShape& s, float* to, const T* gate_up, const T* down, cons
 }  // namespace
 
 #define EXPORT(T, SUFFIX)                                                                                              \
-    PHALANX_API long experts_row_bytes_##SUFFIX(const ExpertShape* shape) {                                                  \
+    PHALANX_API long experts_row_bytes_##SUFFIX(const ExpertShape* shape) {                                            \
         return Layout<T>(*shape).end(shape->bias) * 4;                                                                 \
     }                                                                                                                  \
-    PHALANX_API void experts_pack_##SUFFIX(const ExpertShape* shape, float* row, const T* gate_up, const T* down,            \
+    PHALANX_API void experts_pack_##SUFFIX(const ExpertShape* shape, float* row, const T* gate_up, const T* down,      \
                                            const float* gate_up_bias, const float* down_bias, int threads) {           \
         pack(*shape, row, gate_up, down, gate_up_bias, down_bias, threads);                                            \
     }                                                                                                                  \
-    PHALANX_API long experts_##SUFFIX(const ExpertShape* shape, const T* x, const int* slots, const float* weights,          \
+    PHALANX_API long experts_##SUFFIX(const ExpertShape* shape, const T* x, const int* slots, const float* weights,    \
                                       const unsigned char* storage, T* inner, T* outputs, float* out, long rows,       \
                                       long top_k, int threads) {                                                       \
         return experts(*shape, x, slots, weights, storage, inner, outputs, out, rows, top_k, threads);                 \

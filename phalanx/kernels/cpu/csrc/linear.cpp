@@ -11,11 +11,11 @@ constexpr int BLOCK_ROWS = 192;  // rows of a work item, where there are too few
 
 template <class T, int R, int V>
 void panel_rows(const T* x, const float* panel, const float* bias, T* y, long k, long n, int columns,
-                const float* ahead, int lines) {
+                const Fetch& fetch) {
     vec acc[R][V] = {};
     const T* row[R];
     UNROLL for (int r = 0; r < R; ++r) row[r] = x + r * k;
-    multiply<T, R, V, PANEL>(acc, row, panel, words<T>(k), ahead, lines);
+    multiply<T, R, V, PANEL>(acc, row, panel, words<T>(k), fetch);
     UNROLL for (int v = 0; v < V; ++v) {
         const int left = columns - v * LANES;
         const vec b = bias ? load_part(bias + v * LANES, left) : vec{};
@@ -26,11 +26,10 @@ void panel_rows(const T* x, const float* panel, const float* bias, T* y, long k,
 // Rows [first, last) of one panel.
 template <class T>
 void panel_block(const T* x, const float* panel, const float* bias, T* y, long k, long n, int columns,
-                 const float* ahead, long first, long last) {
-    in_groups<ROWS>(first, last, words<T>(k), VECTORS, ahead, [&](auto rows, long from, const float* fetch, int lines) {
+                 const float* next, long first, long last) {
+    in_groups<ROWS, VECTORS>(first, last, words<T>(k), panel, next, [&](auto rows, long from, const Fetch& fetch) {
         with_int<VECTORS>(ceil_div(columns, LANES), [&](auto vectors) {
-            panel_rows<T, rows.value, vectors.value>(x + from * k, panel, bias, y + from * n, k, n, columns, fetch,
-                                                     lines);
+            panel_rows<T, rows.value, vectors.value>(x + from * k, panel, bias, y + from * n, k, n, columns, fetch);
         });
     });
 }

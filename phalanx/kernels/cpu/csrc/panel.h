@@ -1,22 +1,32 @@
 // Products with weights in panels: [word of k][V * LANES outputs]. Shared by linear.cpp and experts.cpp.
 //
 // An output is one chain of multiply-adds over k that never leaves its register, so its bits depend neither on the
-// number of rows nor on the threads. A panel is read from memory once and serves all rows from the L2 cache, while the
-// next one is fetched.
+// number of rows nor on the threads. A panel is read from memory once and serves all rows from the L2 cache.
 #pragma once
 #include "vec.h"
 
 #include <algorithm>
 
-constexpr int PREFETCH_FROM = 4;  // rows; below, the panels are read so fast that the hardware runs ahead by itself
+constexpr long NEAR = 1536;  // floats: how far ahead a panel that is read once is fetched
 
-// R rows times the first V vectors of a panel of WIDTH outputs; in the meantime `lines` cache lines per word are
-// fetched from `ahead` on.
+// What a product fetches while it runs, `lines` cache lines per word of k: from `first` on, after `turn` words from
+// `then` on; both already moved back by the words before.
+struct Fetch {
+    const float *first, *then;
+    long turn;
+    int lines;
+};
+
+// R rows times the first V vectors of a panel of WIDTH outputs. One or two rows fetch nothing: they read so fast that
+// the hardware runs ahead by itself.
 template <class T, int R, int V, int WIDTH>
-INLINE void multiply(vec (&acc)[R][V], const T* const (&row)[R], const float* panel, long num_words, const float* ahead,
-                     int lines) {
+INLINE void multiply(vec (&acc)[R][V], const T* const (&row)[R], const float* panel, long num_words,
+                     const Fetch& fetch) {
     for (long w = 0; w < num_words; ++w) {
-        for (int i = 0; i < lines; ++i) __builtin_prefetch(ahead + (w * lines + i) * LANES);
+        if constexpr (R > 2) {
+            const float* ahead = (w < fetch.turn ? fetch.first : fetch.then) + w * fetch.lines * LANES;
+            for (int i = 0; i < fetch.lines; ++i) __builtin_prefetch(ahead + i * LANES);
+        }
         vec weight[V];
         UNROLL for (int v = 0; v < V; ++v) weight[v] = load(panel + w * WIDTH + v * LANES);
         UNROLL for (int r = 0; r < R; ++r) {
@@ -26,16 +36,21 @@ INLINE void multiply(vec (&acc)[R][V], const T* const (&row)[R], const float* pa
     }
 }
 
-// Rows [first, last) of one panel in groups of at most ROWS, as even as possible: body(Int<rows>, from, ahead, lines).
-// The groups share the fetching of `ahead`, a panel of the same size with `vectors` lines per word.
-template <int ROWS, class Body>
-INLINE void in_groups(long first, long last, long num_words, int vectors, const float* ahead, const Body& body) {
-    const long groups = ceil_div(last - first, ROWS), parts = std::min<long>(groups, vectors);
+// Rows [first, last) of one panel in groups of at most ROWS, as even as possible: body(Int<rows>, from, fetch).
+//
+// A single group is as fast as memory: it fetches its own panel a little ahead, and in the end the start of the next.
+// Several groups find their panel in the L2 cache and share the fetching of the next one.
+template <int ROWS, int VECTORS, class Body>
+INLINE void in_groups(long first, long last, long num_words, const float* panel, const float* next, const Body& body) {
+    const long groups = ceil_div(last - first, ROWS), parts = std::min<long>(groups, VECTORS), line = num_words * LANES;
+    if (!next) next = panel;
     for (long g = 0; g < groups; ++g) {
         const long from = first + (last - first) * g / groups, to = first + (last - first) * (g + 1) / groups;
-        const long skip = vectors * g / parts;
-        const int lines = ahead && g < parts && last - first >= PREFETCH_FROM ? vectors * (g + 1) / parts - skip : 0;
-        with_int<ROWS>(to - from, [&](auto rows) { body(rows, from, ahead + skip * num_words * LANES, lines); });
+        const long skip = VECTORS * g / parts;
+        Fetch fetch{next + skip * line, nullptr, num_words, g < parts ? int(VECTORS * (g + 1) / parts - skip) : 0};
+        if (groups == 1)
+            fetch = {panel + NEAR, next + NEAR - VECTORS * line, num_words - NEAR / (VECTORS * LANES), VECTORS};
+        with_int<ROWS>(to - from, [&](auto rows) { body(rows, from, fetch); });
     }
 }
 

@@ -1,0 +1,59 @@
+"""Which ranks a replica has and where they are.
+
+A unit is the pp x tp ranks of one dp rank; they come and go together.
+"""
+
+from collections.abc import Mapping, Sequence
+
+from phalanx.parallel.mesh import Coordinate, MeshShape
+from phalanx.parallel.topology import EpTopology
+from phalanx.runtime.expert_config import ExpertConfig
+from phalanx.runtime.scaling import next_units
+
+
+class Units:
+    """Numbers of units and ranks; each is given once, so a late word of a rank that is gone cannot be mistaken.
+
+    Args:
+        shape: of the mesh at the start.
+        nodes: name of the node of each rank that has come.
+    """
+
+    def __init__(self, shape: MeshShape, nodes: Mapping[int, str]) -> None:
+        self._shape, self._nodes = shape, nodes
+        self.current = tuple(range(shape.dp))
+        self.ranks_of = {
+            unit: tuple(shape.rank(pp, unit, tp) for pp in range(shape.pp) for tp in range(shape.tp))
+            for unit in self.current
+        }
+        self._next_rank = shape.world_size
+
+    def of_size(self, target: int) -> tuple[int, ...]:
+        """The units of another size, in dp order; new ones get their ranks here."""
+        units = next_units(self.current, target, len(self.ranks_of))
+        size = self._shape.pp * self._shape.tp
+        for unit in units:
+            if unit not in self.ranks_of:
+                self.ranks_of[unit] = tuple(range(self._next_rank, self._next_rank + size))
+                self._next_rank += size
+        return units
+
+    def unit_of(self, rank: int) -> int:
+        """The unit that has ever had a rank."""
+        return next(unit for unit, ranks in self.ranks_of.items() if rank in ranks)
+
+    def place_of(self, rank: int, units: Sequence[int]) -> Coordinate:
+        """Position of a rank in the mesh of these units."""
+        unit = self.unit_of(rank)
+        index, tp = self.ranks_of[unit].index(rank), self._shape.tp
+        return Coordinate(pp=index // tp, dp=units.index(unit), tp=index % tp)
+
+    def nodes(self, stage: int, units: Sequence[int], experts: ExpertConfig) -> list[str]:
+        """Node of each rank of a stage's expert group; those of ranks that are still to come do not matter yet."""
+        tp = self._shape.tp
+        ranks = [self.ranks_of[unit][stage * tp + i] for unit in units for i in range(tp)]
+        return experts.node_names([self._nodes.get(rank, "") for rank in ranks])
+
+    def topologies(self, units: Sequence[int], experts: ExpertConfig) -> list[EpTopology]:
+        """Of the expert group of each stage."""
+        return [EpTopology.of_names(self.nodes(stage, units, experts)) for stage in range(self._shape.pp)]
