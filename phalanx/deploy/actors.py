@@ -9,6 +9,7 @@ import secrets
 import time
 
 import msgspec
+import psutil
 import ray
 
 from phalanx.deploy import plan as plans
@@ -93,7 +94,8 @@ class WorkerActor:
 
     def run(self, bootstrap: Bootstrap) -> None:
         """Dial the engine and execute plans until the link ends."""
-        serve(msgspec.structs.replace(bootstrap, node=_node(), log_path=_log_path()))
+        where = {"node": _node(), "log_path": _log_path(), "interface": _interface()}
+        serve(msgspec.structs.replace(bootstrap, **where))
 
     def pid(self) -> int:
         """Of the process, for fault tests and status."""
@@ -113,6 +115,16 @@ def new_key() -> bytes:
 def _node() -> str:
     # Several Ray nodes may share a host (and its name): the id tells them apart.
     return f"{ray.util.get_node_ip_address()}/{ray.get_runtime_context().get_node_id()[:6]}"
+
+
+def _interface() -> str:
+    """The network interface that has this Ray node's address; its name may differ from node to node.
+
+    Left to themselves, collectives look up the host name, which on many machines means the machine itself.
+    """
+    address = ray.util.get_node_ip_address()
+    addresses = psutil.net_if_addrs().items()
+    return next((name for name, entries in addresses if any(entry.address == address for entry in entries)), "")
 
 
 def _log_path() -> str:

@@ -2,23 +2,33 @@
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
 
 from phalanx.parallel.costmodel import Sample, calibrate, fabric_of
 from phalanx.parallel.topology import EpTopology
-from phalanx.parallel.transport import AllGather, AllToAll, Counts, Hop, Transport, peers
+from phalanx.parallel.transport import AllGather, AllToAll, Hop, Transport, peers
 
 SIZES = (256, 4096, 32768, 131072, 524288)
 """Bytes per message."""
 
 MOST_BYTES = 2 << 20
-"""Of all messages of a rank together; larger samples would measure for seconds."""
+"""Of all messages of a rank together."""
+
+LONG_S = 0.04
+"""Exchanges that take so long are timed one at a time, and larger ones not at all: bytes are what counts by then."""
+
+CHAIN = 3
+"""Exchanges timed together, as those of a layer follow each other: what one leaves behind is in the next one's way."""
 
 REPETITIONS = 3
-PACK_ROWS, PACK_BYTES = 256, 4096
+REST_S = 0.02
+"""At most, before a chain begins: acknowledgements of the meeting still occupy a slow link."""
+
+PACK_OPERATIONS = 16
+"""Small operations on rows and counts that stand for preparing the messages of a hop."""
 
 
 class Case(NamedTuple):
@@ -44,57 +54,90 @@ def measure(transport: Transport, device: torch.device | None = None) -> list[fl
         ConfigError: the group has one rank.
         ReplicaLostError: a rank is gone.
 
-    Cost: at most 200 exchanges, less than a second on gloo.
+    Cost: about 200 exchanges; 0.1 s inside a host, 3 s between nodes at 200 Mbit/s.
     """
     return fabric_of(calibrate(collect(transport, torch.device("cpu") if device is None else device)))
 
 
 def collect(transport: Transport, device: torch.device) -> list[Sample]:
     """The samples behind `measure`, equal on every rank: each the median over repetitions of the slowest rank."""
-    cases = list(_cases(transport.topology))
-    timings = [_time_exchange(transport, case, device) for case in cases]
-    rows = torch.zeros(PACK_ROWS, PACK_BYTES, dtype=torch.uint8, device=device)
-    order = torch.arange(PACK_ROWS - 1, -1, -1, device=device)
-    timings.append([_seconds(lambda: rows.index_select(0, order), device) for _ in range(REPETITIONS)])
+    clock = _Clock(transport, device)
+    samples = []
+    for cases in _cases(transport.topology):
+        for case in cases:
+            seconds = _time_exchange(clock, case)
+            samples.append(Sample(case.tier, case.num_messages, case.num_messages * case.size, seconds))
+            if seconds > LONG_S:
+                break
+    rows = torch.zeros(PACK_OPERATIONS, 64, device=device)
+    order = torch.arange(PACK_OPERATIONS - 1, -1, -1, device=device)
 
-    mine = torch.tensor([timings], dtype=torch.float64, device=device)
-    slowest = transport.start(AllGather("flat", mine)).wait().amax(0).tolist()
-    medians = [statistics.median(seconds) for seconds in slowest]
-    samples = [
-        Sample(case.tier, case.num_messages, case.num_messages * case.size, seconds)
-        for case, seconds in zip(cases, medians, strict=False)
-    ]
-    return [*samples, Sample("pack", 0, PACK_ROWS * PACK_BYTES, medians[-1])]
+    def pack() -> None:
+        for _ in range(PACK_OPERATIONS):
+            rows.index_select(0, order)
+
+    return [*samples, Sample("pack", 0, 0, clock.median(pack))]
 
 
-def _cases(topology: EpTopology) -> Iterator[Case]:
-    """Few and many messages tell o from L; the same on every rank."""
+class _Clock:
+    """Times what all ranks do at once; its answers are the same on every rank."""
+
+    def __init__(self, transport: Transport, device: torch.device) -> None:
+        self.transport, self.device = transport, device
+        self._last = 0.0
+
+    def median(self, action: Callable[[], object]) -> float:
+        """Seconds of the slowest rank, the median over repetitions."""
+        return statistics.median(self.slowest(action) for _ in range(REPETITIONS))
+
+    def slowest(self, action: Callable[[], object]) -> float:
+        """Seconds of the slowest rank."""
+        time.sleep(min(REST_S, 10 * self._last))
+        self._synchronize()
+        begin = time.perf_counter()
+        action()
+        self._synchronize()
+        mine = torch.tensor([[time.perf_counter() - begin]], dtype=torch.float64, device=self.device)
+        # This is also where all meet before the next begins.
+        self._last = float(self.transport.start(AllGather("flat", mine)).wait().max())
+        return self._last
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def _cases(topology: EpTopology) -> list[list[Case]]:
+    """By rising size; the same on every rank. gloo sends empty messages, too: all peers of a hop get one."""
     num_nodes, num_ranks, num_local = topology.num_nodes, topology.num_ranks, topology.max_local
-    fewest: list[tuple[Literal["inter", "intra"], Hop, int]] = [
-        ("inter", "rail", num_nodes - 1),
+    hops: list[tuple[Literal["inter", "intra"], Hop, int]] = [
         ("inter", "flat", num_ranks - num_local),
+        ("inter", "rail", num_nodes - 1),
         ("intra", "node", num_local - 1),
     ]
-    by_number = {(tier, num_messages): hop for tier, hop, num_messages in reversed(fewest) if num_messages}
-    for (tier, num_messages), hop in by_number.items():
-        for size in sorted({min(size, MOST_BYTES // num_messages) for size in SIZES}):
-            yield Case(tier, hop, num_messages, size)
+    # On nodes of one rank the rail is the whole group.
+    by_number = {(tier, num_messages): hop for tier, hop, num_messages in hops if num_messages}
+    return [
+        [Case(tier, hop, num, size) for size in sorted({min(size, MOST_BYTES // num) for size in SIZES})]
+        for (tier, num), hop in by_number.items()
+    ]
 
 
-def _time_exchange(transport: Transport, case: Case, device: torch.device) -> list[float]:
-    topology, rank = transport.topology, transport.rank
+def _time_exchange(clock: _Clock, case: Case) -> float:
+    transport, topology, rank = clock.transport, clock.transport.topology, clock.transport.rank
     members = peers(topology, rank, case.hop)
     out = _targets(topology, members, rank, case)
     send = tuple(int(member in out) for member in members)
     receive = tuple(int(rank in _targets(topology, members, member, case)) for member in members)
-    request = AllToAll(case.hop, torch.zeros(sum(send), case.size, dtype=torch.uint8, device=device), send, receive)
-    meeting = Counts("flat", torch.zeros(topology.num_ranks, 1, dtype=torch.int32, device=device))
-    timings = []
-    for _ in range(REPETITIONS + 1):
-        # Begin together, whatever the previous exchange was; the first time, connections and caches warm up.
-        transport.start(meeting).wait()
-        timings.append(_seconds(lambda: transport.start(request).wait(), device))
-    return timings[1:]
+    rows = torch.zeros(sum(send), case.size, dtype=torch.uint8, device=clock.device)
+    request = AllToAll(case.hop, rows, send, receive)
+
+    def chain(length: int) -> None:
+        for _ in range(length):
+            transport.start(request).wait()
+
+    length = CHAIN if clock.slowest(lambda: chain(1)) < LONG_S / CHAIN else 1
+    return clock.median(lambda: chain(length)) / length
 
 
 def _targets(topology: EpTopology, members: tuple[int, ...], rank: int, case: Case) -> list[int]:
@@ -104,13 +147,3 @@ def _targets(topology: EpTopology, members: tuple[int, ...], rank: int, case: Ca
     if case.tier == "inter":
         after = [member for member in after if topology.node_of[member] != topology.node_of[rank]]
     return after[: case.num_messages]
-
-
-def _seconds(action: Callable[[], object], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    begin = time.perf_counter()
-    action()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - begin

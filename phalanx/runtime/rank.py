@@ -28,13 +28,18 @@ PING_S = 0.5
 
 
 class Bootstrap(msgspec.Struct, frozen=True):
-    """What a rank needs to dial its engine."""
+    """What a rank needs to dial its engine, and what it knows of its own machine.
+
+    Attributes:
+        interface: network interface of collectives here; "" = as the `RankSpec` says.
+    """
 
     address: str
     key: bytes
     rank: int
     node: str = ""
     log_path: str = ""
+    interface: str = ""
 
 
 def serve(bootstrap: Bootstrap, started: float | None = None) -> None:
@@ -67,6 +72,7 @@ def _run(connection: Connection, bootstrap: Bootstrap, begun: float) -> None:
     from phalanx.runtime.worker import Worker, warm_up
 
     spec = decode_spec(connection.recv_bytes(rank_link.MAX_MESSAGE_BYTES))
+    spec = msgspec.structs.replace(spec, interface=bootstrap.interface or spec.interface)
     imported = time.monotonic()
     if spec.num_threads:
         torch.set_num_threads(spec.num_threads)

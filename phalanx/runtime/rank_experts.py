@@ -99,7 +99,7 @@ class RankExperts:
     def attach(self, experts: Sequence[Experts]) -> None:
         """Take the weights of the stage's MoE layers, loaded already; they are moved from and into."""
         self._rows = [one.rows for one in experts]
-        widest = max(rows.shape[1] for rows in self._rows)
+        widest = max((rows.shape[1] for rows in self._rows), default=0)  # a stage may have dense layers only
         shape = (self._orders.staging_rows, -(-(widest + TRAILER) // 8) * 8)
         self._staging = memory.empty(shape, torch.uint8, self._mesh.device)
 

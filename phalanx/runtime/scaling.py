@@ -156,8 +156,9 @@ class ScaleOp:
         """Look at the deadline."""
         if self.is_over or now < self._deadline:
             return []
-        if self.phase == "COMMITTING":
-            return self.abort(f"steps in flight did not come back within {COMMITTING_S} s")
+        if self.phase == "COMMITTING":  # a repair waits for no step
+            reason = f"steps in flight did not come back within {COMMITTING_S} s"
+            return [] if self.goal.is_repair else self.abort(reason)
         missing = sorted(self._loading or self._building or ())
         what = "evacuate the ranks that go" if self.is_evacuating else f"wait for ranks {missing}"
         reason = "; ".join(filter(None, (f"the time to {what} is over", self.detail)))

@@ -21,6 +21,7 @@ from rich.console import Console
 from phalanx import errors
 from phalanx.deploy import cli, detached
 from phalanx.deploy.client import ClusterState, JobCounts, ReplicaStatus
+from phalanx.deploy.client_scale import ReplicaScale
 from phalanx.deploy.commands import down, status
 from phalanx.deploy.state import Deployment, Deployments, process_started
 from phalanx.deploy.up_report import UpReport
@@ -342,6 +343,8 @@ def test_status_shows_every_replica() -> None:
         prefix_queries=200,
         prefix_hits=50,
         num_generated_tokens=7,
+        data=1,
+        scale=ReplicaScale(0, 1, 2, "PREPARING", "", "grow"),
     )
     out = io.StringIO()
     state = ClusterState("0.1.0", "tiny", True, JobCounts(1, 2, 3), (replica,))
@@ -349,8 +352,9 @@ def test_status_shows_every_replica() -> None:
     text = out.getvalue()
     assert "tiny at 127.0.0.1:1: draining, phalanx 0.1.0" in text
     assert "jobs: 2 running, 1 queued, 3 finished and kept" in text
-    assert text.splitlines()[3].split() == ["0", "ready", "#3", "2", "1", "90", "of", "100", "25", "%", "7"]
+    assert text.splitlines()[3].split() == ["0", "ready", "#3", "1", "2", "1", "90", "of", "100", "25", "%", "7"]
     assert "replica 0: rank 0 (pp 0, dp 0, tp 0) node a pid 2 cpu" in text
+    assert "replica 0: scaling 1 -> 2 (grow): PREPARING" in text
     assert "last failure: rank 1 died [x]" in text
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from phalanx import Client, SamplingParams
+from phalanx import LLM, Client, SamplingParams
 from tests.netlab import namespaces
 from tests.netlab.emulator import LinkSpec
 from tests.netlab.forward import Forward
@@ -73,28 +73,37 @@ def test_actors_run_on_every_node_and_nodes_come_and_go(lab: Lab) -> None:
 
 
 YAML = """
-model: {{path: tiny, dtype: float32}}
+model: {{path: {model}, dtype: float32}}
 ray: {{address: '{address}'}}
 device: cpu
-parallel: {{tensor: 1, pipeline: 2}}
+{layout}
 kv: {{num_blocks: 300}}
 workers: {{threads: 1}}
 server: {{listen: '127.0.0.1:0', metrics: 'off', engine_listen: '{host}:0'}}
 """
 
 
-def test_a_deployment_in_the_lab_answers_a_client_outside(lab: Lab) -> None:
+@pytest.mark.parametrize(
+    ("model", "layout"),
+    [("tiny", "parallel: {pipeline: 2}"), ("tiny-moe", "parallel: {data: 2}\nmoe: {dispatch: two_hop}")],
+)
+def test_a_deployment_in_the_lab_answers_a_client_outside(lab: Lab, model: str, layout: str) -> None:
+    """Stages, or experts, on two hosts with a network of 1 ms between them."""
     params = SamplingParams(max_tokens=20, temperature=0, ignore_eos=True)
+    with LLM(model, device="cpu", dtype="float32", kv={"num_blocks": 300}) as llm:
+        expected = llm.generate("import os", params)[0].token_ids
     with short_folder() as folder, RayNodes(lab, num_cpus=2) as ray:
         ray.add(1)
         with lab.nodes[0].inside():
-            deployment = Deployment(YAML.format(address=ray.address, host=lab.nodes[0].address), folder)
+            deployment = Deployment(
+                YAML.format(model=model, layout=layout, address=ray.address, host=lab.nodes[0].address), folder
+            )
         try:
             deployment.wait_ready()
             with Forward(lab.nodes[0], deployment.address) as forward, Client(forward.address) as client:
                 tokens = [token for chunk in client.generate("import os", params) for token in chunk.token_ids]
                 ranks = client.status().replicas[0].ranks
-            assert len(tokens) == 20
+            assert tokens == expected
             assert all(any(node.address in rank for rank in ranks) for node in lab.nodes[:2])
             assert min(lab.counters().packets[0][1], lab.counters().packets[1][0]) > 20
         except BaseException:
