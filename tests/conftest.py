@@ -5,6 +5,10 @@ import os
 # Two busy cores are worse than one: OpenMP's threads spin while they wait for each other. Read when torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# Without a GPU Triton kernels run in its interpreter; read when Triton is imported, which transformers does.
+if not os.path.exists("/dev/nvidiactl"):
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 import sys
 from collections.abc import Iterator
 

@@ -2,7 +2,7 @@
 
 Nothing registers itself: an op is a module `kernels/<op>.py` with an `OP`, its implementations are the `IMPLS` of the
 module of the same name in the device's folder, and the reference is the last resort. Linear layers are bound to their
-weight by `linear.pack` instead, and only explained here.
+weight by `linear.pack`, experts by `experts.build`; these two are only explained here.
 """
 
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ import torch
 
 from phalanx import plugins
 from phalanx.errors import ConfigError
-from phalanx.kernels import linear
+from phalanx.kernels import experts, linear
 from phalanx.kernels.op import Function, Impl, Op
 
 FOLDERS = {"cpu": "kernels/cpu", "cuda": "kernels/triton"}
@@ -47,6 +47,8 @@ def explain(*, device: torch.device, dtype: torch.dtype, choose: Mapping[str, st
     """What `bind` and `linear.pack` would choose for every op, and why; for `--explain-kernels`."""
     chosen, refused = linear.select(device, dtype, choose)
     rows = [Choice("linear", chosen, chosen == "cpp", refused)]
+    chosen, refused = experts.select(device, dtype, choose)
+    rows.append(Choice("experts", chosen, chosen in ("cpp", "loop"), refused))
     for name in plugins.names("kernels", ("OP",)):
         _, impl, rejected = _select(name, device, dtype, choose or {})
         rows.append(Choice(name, impl.name, impl.batch_invariant, rejected))
@@ -66,7 +68,7 @@ def _select(
     name: str, device: torch.device, dtype: torch.dtype, choose: Mapping[str, str]
 ) -> tuple[Op, Impl, tuple[tuple[str, str], ...]]:
     op: Op = plugins.load("kernels", name, ("OP",)).OP
-    known_ops = (*plugins.names("kernels", ("OP",)), "linear")
+    known_ops = (*plugins.names("kernels", ("OP",)), "linear", "experts")
     for key in choose:
         if key not in known_ops:
             raise ConfigError(f"kernels: op {key!r} is unknown; known: {', '.join(known_ops)}")

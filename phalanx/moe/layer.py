@@ -76,7 +76,8 @@ class MoeLayer:
         routing = route(
             logits_tE, spec.router, correction_bias_E=self._bias, model_dtype=x_tD.dtype, op=self._group.route_op
         )
-        self._group.load.record(self._layer, routing.topk_ids_TK)
+        if step.kind != ALONE:  # a warm-up's tokens are nobody's
+            self._group.load.record(self._layer, routing.topk_ids_TK)
         if spec.capacity is not None and step.scope_T is not None:
             routing, dropped = assign(
                 routing, spec.capacity, step.scope_T[rows], spec.router.num_experts, scores_TE=logits_tE

@@ -28,7 +28,9 @@ REST_S = 0.02
 """At most, before a chain begins: acknowledgements of the meeting still occupy a slow link."""
 
 PACK_OPERATIONS = 16
-"""Small operations on rows and counts that stand for preparing the messages of a hop."""
+"""Operations on masks and indices that stand for finding out which rows go where."""
+
+PACK_ROWS, PACK_BYTES = (1, 32, 1024), 2048
 
 
 class Case(NamedTuple):
@@ -69,14 +71,7 @@ def collect(transport: Transport, device: torch.device) -> list[Sample]:
             samples.append(Sample(case.tier, case.num_messages, case.num_messages * case.size, seconds))
             if seconds > LONG_S:
                 break
-    rows = torch.zeros(PACK_OPERATIONS, 64, device=device)
-    order = torch.arange(PACK_OPERATIONS - 1, -1, -1, device=device)
-
-    def pack() -> None:
-        for _ in range(PACK_OPERATIONS):
-            rows.index_select(0, order)
-
-    return [*samples, Sample("pack", 0, 0, clock.median(pack))]
+    return [*samples, *(Sample("pack", 1, rows * PACK_BYTES, _time_packing(clock, rows)) for rows in PACK_ROWS)]
 
 
 class _Clock:
@@ -138,6 +133,19 @@ def _time_exchange(clock: _Clock, case: Case) -> float:
 
     length = CHAIN if clock.slowest(lambda: chain(1)) < LONG_S / CHAIN else 1
     return clock.median(lambda: chain(length)) / length
+
+
+def _time_packing(clock: _Clock, num_rows: int) -> float:
+    rows = torch.zeros(num_rows, PACK_BYTES, dtype=torch.uint8, device=clock.device)
+    order = torch.arange(num_rows - 1, -1, -1, device=clock.device)
+
+    def pack() -> None:
+        for _ in range(PACK_OPERATIONS):
+            order[:1].cumsum(0)
+        rows.index_select(0, order)
+
+    clock.slowest(pack)
+    return clock.median(pack)
 
 
 def _targets(topology: EpTopology, members: tuple[int, ...], rank: int, case: Case) -> list[int]:

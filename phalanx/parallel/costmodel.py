@@ -1,17 +1,18 @@
 """What an exchange of experts costs on a given network, so that the engine can choose a dispatcher per step. No torch.
 
-    T_flat = o_x (P-G) + o_i (G-1) + L_x + max(inter bytes beta_x skew, intra bytes beta_i) + t_pack
-    T_two  = [o_x (N-1) + L_x + inter bytes beta_x rail_skew] + [o_i (G-1) + L_i + intra bytes beta_i] + 2 t_pack
-    T_ag   = the same two hops with everybody's rows, without t_pack
+    T_flat = o_x (P-G) + o_i (G-1) + L_x + max(inter bytes beta_x skew, intra bytes beta_i) + pack
+    T_two  = [o_x (N-1) + L_x + inter bytes beta_x rail_skew] + [o_i (G-1) + L_i + intra bytes beta_i] + 2 pack
+    T_ag   = the same two hops with everybody's rows, whose packing is copying alone
 
 o is paid per message and never overlapped, L once per hop because all peers are posted at once, beta per byte; _x is
-between nodes, _i inside one. Bytes follow from the expected number of ranks and nodes that a token's experts lie on.
+between nodes, _i inside one, _p what a rank does to the rows it sends: pack = t_p + bytes beta_p. Bytes follow from the
+expected number of ranks and nodes that a token's experts lie on.
 
 Source: LogGP (Alexandrov et al. 1995) with o as the occupancy of the sender; the rest is ours.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, fields
 from itertools import combinations
 from typing import Literal, NamedTuple
 
@@ -32,9 +33,9 @@ class Sample(NamedTuple):
     """One timed exchange, as the slowest rank saw it.
 
     Attributes:
-        tier: between nodes, inside one, or "pack": rows gathered into a send buffer.
+        tier: between nodes, inside one, or "pack": rows gathered into a send buffer, no exchange.
         num_messages: that each rank sent.
-        num_bytes: that each rank sent, all messages together.
+        num_bytes: that each rank sent or gathered, all messages together.
         seconds: from its begin to the last arrival.
     """
 
@@ -78,21 +79,23 @@ class ExpertTraffic:
 
 
 class Volume(NamedTuple):
-    """Bytes that one rank sends in one phase."""
+    """Bytes that one rank sends in one phase, to other nodes and inside its own, and those it gathers for that."""
 
     inter: float
     intra: float
+    packed: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LogGP:
-    """Constants of a network in seconds and seconds per byte; `_x` between nodes, `_i` inside one.
+    """Constants of a network in seconds and seconds per byte; `_x` between nodes, `_i` inside one, `_p` in a rank.
 
     Attributes:
         o_x, o_i: per message.
         L_x, L_i: per hop.
         beta_x, beta_i: per byte.
-        t_pack: per gathering of rows into a send buffer.
+        t_p: to find out which rows go where in a hop.
+        beta_p: per byte gathered into a send buffer.
     """
 
     o_x: float
@@ -101,7 +104,8 @@ class LogGP:
     L_i: float
     beta_x: float
     beta_i: float
-    t_pack: float = 0.0
+    t_p: float = 0.0
+    beta_p: float = 0.0
 
     def predict(
         self,
@@ -135,11 +139,12 @@ class LogGP:
         num_nodes, num_local = topology.num_nodes, topology.num_ranks / topology.num_nodes
         volume = _volume(kind, phase, num_nodes, num_local, num_tokens, traffic)
         packs = 0 if phase == "counts" else {"flat": 1, "two_hop": 2, "allgather": 0}[kind]
+        packing = packs * self.t_p + volume.packed * self.beta_p
         if kind == "flat":
             seconds = self.o_x * (num_nodes - 1) * num_local + self.o_i * (num_local - 1)
             seconds += self.L_x if num_nodes > 1 else self.L_i
-            return seconds + max(volume.inter * self.beta_x * skew, volume.intra * self.beta_i) + packs * self.t_pack
-        seconds = packs * self.t_pack
+            return seconds + max(volume.inter * self.beta_x * skew, volume.intra * self.beta_i) + packing
+        seconds = packing
         if num_nodes > 1:
             seconds += self.o_x * (num_nodes - 1) + self.L_x
             seconds += volume.inter * self.beta_x * (rail_skew if kind == "two_hop" else 1.0)
@@ -175,7 +180,7 @@ def costs_from(fabric: Sequence[float], traffic: ExpertTraffic) -> Callable[[int
     Raises:
         ConfigError: not the fields of a `LogGP`.
     """
-    names = ("o_x", "o_i", "L_x", "L_i", "beta_x", "beta_i", "t_pack")
+    names = [each.name for each in fields(LogGP)]
     if len(fabric) != len(names):
         raise ConfigError(f"{len(fabric)} network constants, not the {len(names)} {', '.join(names)}")
     constants = LogGP(**dict(zip(names, fabric, strict=True)))
@@ -203,7 +208,8 @@ def calibrate(samples: Iterable[Sample]) -> LogGP:
     """Constants from timed exchanges, by least squares of the relative error, none of them negative.
 
     A tier without samples (one node, or nodes of one rank) gets the constants of the other one; without "pack" samples
-    t_pack is 0. Where all samples of a tier have the same number of messages, o and L cannot be told apart: it is L.
+    packing is free. Where all samples of a tier have the same number of messages, o and L cannot be told apart: then
+    it is L.
 
     Raises:
         ConfigError: nothing was timed between ranks.
@@ -213,7 +219,8 @@ def calibrate(samples: Iterable[Sample]) -> LogGP:
     if not any(tiers.values()):
         raise ConfigError("no exchange between ranks was timed; calibrate in a group of at least two")
     inter, intra = (_fit(tiers[tier] or tiers[other]) for tier, other in (("inter", "intra"), ("intra", "inter")))
-    packs = [sample.seconds for sample in samples if sample.tier == "pack"]
+    packs = [sample for sample in samples if sample.tier == "pack"]
+    _, t_p, beta_p = _fit(packs) if packs else (0.0, 0.0, 0.0)
     return LogGP(
         o_x=inter[0],
         L_x=inter[1],
@@ -221,7 +228,8 @@ def calibrate(samples: Iterable[Sample]) -> LogGP:
         o_i=intra[0],
         L_i=intra[1],
         beta_i=intra[2],
-        t_pack=sum(packs) / len(packs) if packs else 0.0,
+        t_p=t_p,
+        beta_p=beta_p,
     )
 
 
@@ -232,20 +240,20 @@ def _volume(
     other_nodes, other_ranks = 1 - 1 / num_nodes, 1 - 1 / num_local
     if kind == "allgather":
         row = num_tokens * (traffic.row_bytes if phase == "dispatch" else traffic.reduce_bytes)
-        return Volume((num_nodes - 1) * row, (num_ranks - num_nodes) * row)
+        return Volume((num_nodes - 1) * row, (num_ranks - num_nodes) * row, (num_nodes + num_ranks) * row)
     if phase == "counts":
         inside = COUNT_BYTES * (num_local - 1)
         if kind == "flat":
-            return Volume(COUNT_BYTES * (num_ranks - num_local), inside)
-        return Volume(COUNT_BYTES * (1 + num_local) * (num_nodes - 1), inside)
+            return Volume(COUNT_BYTES * (num_ranks - num_local), inside, 0.0)
+        return Volume(COUNT_BYTES * (1 + num_local) * (num_nodes - 1), inside, 0.0)
     row = traffic.row_bytes if phase == "dispatch" else traffic.return_bytes
-    rank_rows = num_tokens * expected_hits(num_ranks, traffic.num_experts, traffic.top_k)
-    node_rows = num_tokens * expected_hits(num_nodes, traffic.num_experts, traffic.top_k)
+    to_ranks = row * num_tokens * expected_hits(num_ranks, traffic.num_experts, traffic.top_k)
+    to_nodes = row * num_tokens * expected_hits(num_nodes, traffic.num_experts, traffic.top_k)
     if phase == "combine" and traffic.exact:
-        rank_rows = node_rows = num_tokens * traffic.top_k
+        to_ranks = to_nodes = row * num_tokens * traffic.top_k
     if kind == "flat":
-        return Volume(rank_rows * other_nodes * row, rank_rows * (num_local - 1) / num_ranks * row)
-    return Volume(node_rows * other_nodes * row, rank_rows * other_ranks * row)
+        return Volume(to_ranks * other_nodes, to_ranks * (num_local - 1) / num_ranks, to_ranks)
+    return Volume(to_nodes * other_nodes, to_ranks * other_ranks, to_nodes + to_ranks)
 
 
 def _fit(samples: Sequence[Sample]) -> tuple[float, float, float]:

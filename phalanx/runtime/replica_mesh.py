@@ -144,6 +144,8 @@ class ReplicaMesh:
         if self.planner is None:
             raise ConfigError("only replicas of a mixture-of-experts model can be scaled; raise replicas instead")
         experts, tp = self.planner.config, self.config.shape.tp
+        if experts.dispatch == "local" and target * tp > 1:
+            raise ConfigError(f"data {target}: moe.dispatch local is for an expert group of one rank; use auto")
         slots, most = target * tp * experts.slots_per_rank, max(experts.num_experts)
         if target < 1 or slots < most:
             least = -(-most // (tp * experts.slots_per_rank))

@@ -19,7 +19,7 @@ def estimate(engine: Engine, call: int, data: int) -> ScaleEstimate:
     try:
         mesh.check_target(data)
         sizes = _row_bytes(config)
-        for layer, target in mesh.evacuation(next_units(mesh.units, data, len(mesh.units))).items():
+        for layer, target in mesh.evacuation(next_units(mesh.units, data, max(mesh.units) + 1)).items():
             before = mesh.planner.placements[layer].physical_to_logical if mesh.planner else ()
             moved = sum(a != b for a, b in zip(before, target.physical_to_logical, strict=True))
             num_rows, num_bytes = num_rows + moved, num_bytes + moved * sizes[layer]

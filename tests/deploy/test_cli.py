@@ -345,6 +345,9 @@ def test_status_shows_every_replica() -> None:
         num_generated_tokens=7,
         data=1,
         scale=ReplicaScale(0, 1, 2, "PREPARING", "", "grow"),
+        expert_load=(),
+        num_dropped=0,
+        num_moved=0,
     )
     out = io.StringIO()
     state = ClusterState("0.1.0", "tiny", True, JobCounts(1, 2, 3), (replica,))

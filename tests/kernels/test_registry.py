@@ -1,5 +1,7 @@
 """Binding: what is chosen, what is refused, and that the reasons are told."""
 
+import importlib.util
+
 import pytest
 import torch
 
@@ -31,9 +33,10 @@ def test_the_reference_can_be_chosen() -> None:
     assert bound is act_mul.reference
 
 
-def test_cuda_falls_back_to_the_references() -> None:
+def test_cuda_falls_back_to_the_references_but_for_experts() -> None:
     rows = {row.op: row for row in registry.explain(device=CUDA, dtype=torch.bfloat16)}
     assert rows.pop("linear").impl == "torch"
+    assert rows.pop("experts").impl == ("triton" if importlib.util.find_spec("triton") else "grouped_mm")
     assert {row.impl for row in rows.values()} == {"reference"}
 
 

@@ -33,9 +33,9 @@ FAST = LogGP(
     L_i=6 * MICRO,
     beta_x=1 / 45e9,
     beta_i=1 / 300e9,
-    t_pack=8 * MICRO,
+    t_p=8 * MICRO,
 )
-SLOW = LogGP(o_x=3e-4, o_i=2e-5, L_x=1e-3, L_i=1e-4, beta_x=1 / 25e6, beta_i=1 / 2e9, t_pack=5e-5)
+SLOW = LogGP(o_x=3e-4, o_i=2e-5, L_x=1e-3, L_i=1e-4, beta_x=1 / 25e6, beta_i=1 / 2e9, t_p=5e-5, beta_p=1 / 4e9)
 DEEPSEEK = ExpertTraffic(num_experts=256, top_k=8, row_bytes=7456, return_bytes=14336, reduce_bytes=4 * 7168)
 QWEN = ExpertTraffic.of(2048, 2, 128, 8, exact=False)
 EXACT = ExpertTraffic.of(2048, 2, 128, 8, exact=True)

@@ -13,7 +13,8 @@ from phalanx.runtime.rank_link import MAX_MESSAGE_BYTES, Dialled, RankListener
 from phalanx.runtime.rank_spec import RankSpec, encode_spec
 
 SILENCE_S = 3.0
-"""A rank pings twice a second from a thread of its own: silent for this long = dead or frozen."""
+"""A rank pings twice a second from a thread of its own: silent for this long = dead or frozen. Counts from `Ready` on:
+before, imports hold the pings up, and whoever waits for the rank has a deadline."""
 
 LAST_WORDS_S = 0.5
 """After the first loss: how long to listen for the rank that failed first."""
@@ -107,10 +108,11 @@ class LinkExecutor:
         for connection in ready:
             if isinstance(connection, Connection) and rank_of[connection] in self._connections:
                 rank = rank_of[connection]
-                self._heard[rank] = now
                 message = self._receive(rank)
                 if isinstance(message, Ready):
                     self.ready[rank] = message
+                if rank in self.ready and rank in self._connections:
+                    self._heard[rank] = now
                 if message is not None and not isinstance(message, Ping):
                     events.append(message)
         for rank, heard in list(self._heard.items()):
@@ -131,7 +133,6 @@ class LinkExecutor:
 
     def _admit(self, rank: int, dialled: Dialled) -> None:
         self._connections[rank], self.nodes[rank] = dialled
-        self._heard[rank] = time.monotonic()
 
     def _arrivals(self) -> list[Event]:
         came: list[Event] = []
