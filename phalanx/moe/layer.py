@@ -80,7 +80,12 @@ class MoeLayer:
             self._group.load.record(self._layer, routing.topk_ids_TK)
         if spec.capacity is not None and step.scope_T is not None:
             routing, dropped = assign(
-                routing, spec.capacity, step.scope_T[rows], spec.router.num_experts, scores_TE=logits_tE
+                routing,
+                spec.capacity,
+                step.scope_T[rows],
+                spec.router.num_experts,
+                importance_T=logits_tE.float().softmax(-1).amax(-1) if spec.capacity.priority == "bpr" else None,
+                scores_TE=logits_tE,
             )
             self.num_dropped += dropped
         return routing
