@@ -1,95 +1,38 @@
 """The dispatchers beside each other on several hosts: time, bytes that leave a host, messages of a rank.
 
-    python -m benchmarks.alltoall [--rounds 20] [--grid] [--json FILE]
+    python -m benchmarks.alltoall [compare] [grid] [held_out] [--rounds 20] [--json FILE]
 
 Hosts are network namespaces joined by emulated links (tests/netlab; needs root and a TUN device), ranks are processes
-that exchange over gloo. A round is one dispatch and one combine of random rows, begun by all ranks at the same instant,
-and lasts until the last rank has its result, which is checked. Kinds take turns; a time is the median of rounds. Ranks
-run at real-time priority where that is allowed, so that other load on the machine is not what is measured. Bytes are
-those the emulator counted, TCP/IP headers included, and in brackets the payloads and counts that ranks handed over;
-messages are payloads of the busiest rank to other ranks, dispatch and combine together.
+that exchange over gloo; what they do is in `benchmarks/dispatch_ranks.py`. Kinds take turns; a time is the median of
+rounds.
 
-`--grid` asks the cost model, calibrated on the same links, for its choice at several sizes, and compares the time of
-that choice with the best one.
+`compare` prints every kind at one size. Bytes are those the emulator counted, TCP/IP headers included, and in brackets
+the payloads and counts that ranks handed over; messages are payloads of the busiest rank to other ranks, dispatch and
+combine together.
+
+`grid` and `held_out` calibrate the cost model on the links and print what `moe.dispatch: auto` settles on at several
+sizes, against the best kind of each cell, of each setting, and overall. Nothing was chosen by looking at `held_out`.
 """
 
 import argparse
-import contextlib
 import json
 import os
 import pathlib
-import statistics
+import platform
 import sys
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor
-from torch.distributed import TCPStore
 
-from phalanx import plugins
-from phalanx.moe.dispatch.dispatcher import DispatchConfig, Dispatched, Dispatcher
-from phalanx.parallel import calibration, membership
+from benchmarks.dispatch_ranks import HIDDEN, KINDS, WARM_UP, Case, Setting, emulated_bytes, on_ranks
+from benchmarks.offline import cpu_name
 from phalanx.parallel.costmodel import ExpertTraffic, costs_from
-from phalanx.parallel.topology import EpTopology
-from phalanx.parallel.traffic import CountingTransport, Traffic
-from phalanx.parallel.transport import AllToAll, Exchange, Transport, run
+from phalanx.runtime.dispatch_policy import SWITCH_STEPS, DispatchPolicy
 from tests.netlab.emulator import LinkSpec
-from tests.netlab.lab import Lab, Node, why_not
-from tests.netlab.namespaces import DEVICE
-from tests.support.ranks import run_ranks
+from tests.netlab.lab import Lab, why_not
 
-HIDDEN = 512
-STORE_PORT = 29500
-AHEAD_S = 0.02
-"""From the moment the last rank is ready until all begin: longer than the news of it takes."""
-
-WARM_UP = 3
-TRAFFIC_ROUNDS = 5
-GRID_TOKENS = (1, 8, 64, 256)
-KINDS = ("flat", "two_hop", "allgather")
-
-
-@dataclass(frozen=True)
-class Setting:
-    """Hosts, what joins them, and the layer: experts and how many of them a token takes."""
-
-    num_nodes: int
-    ranks_per_node: int
-    link: LinkSpec
-    num_experts: int = 32
-    top_k: int = 4
-
-    @property
-    def topology(self) -> EpTopology:
-        """Of the expert group, which is all ranks."""
-        return EpTopology.uniform(self.num_nodes, self.ranks_per_node)
-
-    def __str__(self) -> str:
-        parts = [f"{self.num_nodes} x {self.ranks_per_node} ranks"]
-        if self.link.rate:
-            parts.append(f"{self.link.rate * 8e-6:.0f} Mbit/s")
-        if self.link.delay_s:
-            parts.append(f"{self.link.delay_s * 1e3:g} ms")
-        if self.link.packet_s:
-            parts.append(f"{self.link.packet_s * 1e3:g} ms per packet")
-        return ", ".join([*parts, f"{self.num_experts} experts, top {self.top_k}"])
-
-
-@dataclass(frozen=True)
-class Case:
-    """What a round does: `tokens` per rank through one dispatcher."""
-
-    kind: str
-    tokens: int
-    dedup: bool = True
-
-    def __str__(self) -> str:
-        return self.kind if self.dedup else f"{self.kind}, no de-duplication"
-
-
+COMPARED_TOKENS = 64
 SLOW = LinkSpec(rate=25e6, delay_s=1e-3)
 FAST = LinkSpec(rate=125e6, delay_s=0.1e-3)
 PER_PACKET = LinkSpec(packet_s=0.3e-3)
@@ -99,140 +42,19 @@ COMPARED = (
     Setting(4, 2, PER_PACKET),
     Setting(2, 4, SLOW, num_experts=256, top_k=8),
 )
+GRID_TOKENS = (1, 8, 64, 256)
 GRID = (Setting(2, 4, SLOW), Setting(4, 2, SLOW), Setting(4, 2, PER_PACKET), Setting(2, 4, FAST))
+HELD_OUT_TOKENS = (2, 16, 128)
+HELD_OUT = (
+    Setting(2, 2, LinkSpec(rate=12.5e6, delay_s=3e-3), num_experts=16, top_k=2),
+    Setting(3, 2, LinkSpec(rate=50e6, delay_s=0.5e-3), num_experts=48, top_k=6),
+    Setting(2, 3, LinkSpec(rate=100e6, delay_s=0.2e-3, packet_s=0.05e-3), num_experts=60, top_k=4),
+    Setting(2, 4, SLOW, num_experts=256, top_k=8),
+)
+Row = dict[str, Any]
 
 
-class Rank:
-    """One member of the group: its dispatcher, its rows, and what must come back."""
-
-    def __init__(self, setting: Setting, case: Case, rank: int, transport: Transport) -> None:
-        self._transport, self._case = transport, case
-        slots_per_rank = setting.num_experts // setting.topology.num_ranks
-        self._first_slot = rank * slots_per_rank
-        config = DispatchConfig(
-            topology=setting.topology,
-            rank=rank,
-            slots_per_rank=slots_per_rank,
-            top_k=setting.top_k,
-            hidden_size=HIDDEN,
-            dtype=torch.float32,
-            dedup=case.dedup,
-        )
-        self._dispatcher: Dispatcher = plugins.load("moe/dispatch", case.kind, ("DISPATCHER",)).DISPATCHER(config)
-        generator = torch.Generator().manual_seed(1000 * case.tokens + rank)
-        self._x_TD = torch.randn((case.tokens, HIDDEN), generator=generator)
-        order_TE = torch.rand((case.tokens, setting.num_experts), generator=generator).argsort(1)
-        self._slots_TK = order_TE[:, : setting.top_k].to(torch.int32).contiguous()
-        self._weights_TK = torch.rand((case.tokens, setting.top_k), generator=generator)
-        # Expert e multiplies by e + 1.
-        self._expected_TD = self._x_TD * (self._weights_TK * (self._slots_TK + 1)).sum(1, keepdim=True)
-
-    def round(self) -> Tensor:
-        """One dispatch and one combine; (T, D)."""
-        return run(self._exchange(), self._transport)
-
-    def check(self, out_TD: Tensor) -> None:
-        """Refuse a wrong result."""
-        if not torch.allclose(out_TD, self._expected_TD, rtol=1e-4, atol=1e-2):
-            worst = float((out_TD - self._expected_TD).abs().max())
-            raise AssertionError(f"a result is wrong by {worst:.3g}: {self._case}")
-
-    def _exchange(self) -> Exchange[Tensor]:
-        rows: Dispatched = yield from self._dispatcher.dispatch(
-            self._x_TD, self._slots_TK, self._weights_TK, self._case.tokens
-        )
-        factor_R1 = (rows.weights_RK * (rows.slots_RK + self._first_slot + 1)).sum(1, keepdim=True)
-        return (yield from self._dispatcher.combine(rows.x_RD * factor_R1, rows.handle))
-
-
-def measure(
-    rank: int, nodes: tuple[Node, ...], setting: Setting, cases: Sequence[Case], rounds: int, calibrated: bool
-) -> tuple[list[list[float]], list[tuple[int, int]], list[float]]:
-    """On one rank.
-
-    Returns:
-        Per case the seconds of each round from the common start to this rank's result; per case the messages of a
-        round and the bytes that went to other nodes; the constants of the cost model if `calibrated`.
-    """
-    nodes[rank // setting.ranks_per_node].enter()
-    with contextlib.suppress(PermissionError):
-        os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))  # below the emulator
-    store = TCPStore(nodes[0].address, STORE_PORT, is_master=rank == 0)
-    group = membership.build(
-        store,
-        prefix="alltoall",
-        generation=0,
-        topology=setting.topology,
-        rank=rank,
-        device=torch.device("cpu"),
-        timeout_s=60,
-        interface=DEVICE,
-    )
-    fabric = calibration.measure(group.transport) if calibrated else []
-    traffic = Traffic(setting.topology)
-    counting = CountingTransport(group.transport, traffic)
-    sides = [Rank(setting, case, rank, counting) for case in cases]
-    seconds: list[list[float]] = [[] for _ in cases]
-    sent = [(0, 0) for _ in cases]
-    for _ in range(rounds):
-        for index, side in enumerate(sides):
-            began = common_start(group.transport)
-            out_TD = side.round()
-            seconds[index].append(time.monotonic() - began)
-            side.check(out_TD)
-            away = traffic.bytes_of(rank, "inter") + traffic.bytes_of(rank, "inter", kind="counts")
-            sent[index] = (traffic.messages_of(rank), away)
-            traffic.clear()
-    common_start(group.transport)  # nobody leaves while another still receives
-    group.destroy()
-    return seconds, sent, fabric
-
-
-def common_start(transport: Transport) -> float:
-    """Wait until an instant that is the same for all ranks; all hosts are one machine and share its clock."""
-    num_ranks = transport.topology.num_ranks
-    now = torch.full((num_ranks, 1), time.monotonic(), dtype=torch.float64)
-    everybody = transport.start(AllToAll("flat", now, (1,) * num_ranks, (1,) * num_ranks)).wait()
-    start = float(everybody.max()) + AHEAD_S
-    time.sleep(max(0.0, start - time.monotonic()))
-    return start
-
-
-class Measured(NamedTuple):
-    """Of all ranks: per case the median seconds of a round, the busiest rank's messages, bytes per node; constants."""
-
-    seconds: list[float]
-    messages: list[int]
-    node_bytes: list[float]
-    fabric: list[float]
-
-
-def on_ranks(lab: Lab, setting: Setting, cases: Sequence[Case], rounds: int, *, calibrated: bool = False) -> Measured:
-    """`measure` on all ranks; the first rounds do not count for the time."""
-    world_size = setting.topology.num_ranks
-    results = run_ranks(world_size, measure, lab.nodes, setting, cases, rounds, calibrated, timeout_s=600)
-    measured = Measured([], [], [], results[0][2])
-    for index in range(len(cases)):
-        per_round = zip(*(result[0][index] for result in results), strict=True)
-        slowest = [max(of_ranks) for of_ranks in per_round][WARM_UP:]
-        measured.seconds.append(statistics.median(slowest) if slowest else 0.0)
-        messages, num_bytes = zip(*(result[1][index] for result in results), strict=True)
-        measured.messages.append(max(messages))
-        measured.node_bytes.append(sum(num_bytes) / setting.num_nodes)
-    return measured
-
-
-def emulated_bytes(lab: Lab, setting: Setting, case: Case) -> float:
-    """Mean bytes that a node sends to others in a round: of a run with rounds, less those of a run without."""
-    totals = []
-    for rounds in (0, TRAFFIC_ROUNDS):
-        lab.counters(reset=True)
-        on_ranks(lab, setting, [case], rounds)
-        totals.append(lab.counters().total_bytes)
-    return (totals[1] - totals[0]) / TRAFFIC_ROUNDS / setting.num_nodes
-
-
-def compare(setting: Setting, tokens: int, rounds: int) -> list[dict]:
+def compare(setting: Setting, tokens: int, rounds: int) -> list[Row]:
     """One row per kind, also of flat as others have it: a copy for every choice."""
     cases = [Case("flat", tokens, dedup=False), *(Case(kind, tokens) for kind in KINDS)]
     with Lab(setting.num_nodes, link=setting.link) as lab:
@@ -252,56 +74,78 @@ def compare(setting: Setting, tokens: int, rounds: int) -> list[dict]:
     return [{"setting": str(setting), "tokens": tokens, **row} for row in rows]
 
 
-def choose(setting: Setting, rounds: int) -> list[dict]:
-    """One row per number of tokens: measured and modelled time of every kind, and which one the model takes."""
-    cases = [Case(kind, tokens) for tokens in GRID_TOKENS for kind in KINDS]
+def choose(setting: Setting, sizes: tuple[int, ...], rounds: int) -> list[Row]:
+    """One row per number of tokens: measured and modelled time of every kind, and which one `auto` settles on."""
+    cases = [Case(kind, tokens) for tokens in sizes for kind in KINDS]
     with Lab(setting.num_nodes, link=setting.link) as lab:
         seconds, _, _, fabric = on_ranks(lab, setting, cases, WARM_UP + rounds, calibrated=True)
     costs = costs_from(fabric, ExpertTraffic.of(HIDDEN, 4, setting.num_experts, setting.top_k, exact=False))
     measured = {(case.tokens, case.kind): 1e3 * s for case, s in zip(cases, seconds, strict=True)}
     print(f"\n{setting}; measured ms (modelled)")
-    print(f"{'tokens':>6}{''.join(f'{kind:>18}' for kind in KINDS)}{'choice':>12}{'behind best':>13}")
+    print(f"{'tokens':>6}{''.join(f'{kind:>18}' for kind in KINDS)}{'auto':>12}{'behind best':>13}")
     rows = []
-    for tokens in GRID_TOKENS:
-        model = costs(tokens, setting.topology)
-        choice = min(model, key=lambda kind: model[kind])
-        behind = measured[tokens, choice] / min(measured[tokens, kind] for kind in KINDS) - 1
-        cells = [f"{measured[tokens, kind]:.1f} ({1e3 * model[kind]:.1f})" for kind in KINDS]
-        print(f"{tokens:6}{''.join(f'{cell:>18}' for cell in cells)}{choice:>12}{behind:>12.1%}", flush=True)
+    for tokens in sizes:
+        policy = DispatchPolicy("auto", [setting.topology], costs)
+        auto = [policy.choose(tokens) for _ in range(SWITCH_STEPS + 1)][-1]
         ms = {kind: measured[tokens, kind] for kind in KINDS}
-        modelled_ms = {kind: 1e3 * model[kind] for kind in KINDS}
-        row = {"setting": str(setting), "tokens": tokens, "choice": choice, "behind": behind}
-        rows.append({**row, "ms": ms, "modelled_ms": modelled_ms})
+        modelled_ms = {kind: 1e3 * s for kind, s in costs(tokens, setting.topology).items()}
+        behind = ms[auto] / min(ms.values()) - 1
+        cells = [f"{ms[kind]:.1f} ({modelled_ms[kind]:.1f})" for kind in KINDS]
+        print(f"{tokens:6}{''.join(f'{cell:>18}' for cell in cells)}{auto:>12}{behind:>12.1%}", flush=True)
+        row = {"setting": str(setting), "tokens": tokens, "auto": auto, "behind": behind}
+        rows.append({**row, "ms": ms, "modelled_ms": modelled_ms, "fabric": fabric})
     return rows
 
 
-def summarise(rows: list[dict]) -> None:
-    """How far the choices are behind, and what no kind alone would reach."""
-    best = {(row["setting"], row["tokens"]): min(row["ms"].values()) for row in rows}
-    total = sum(best.values())
-    print(f"\nchoice: at most {max(row['behind'] for row in rows):.1%} behind the best kind of a cell")
-    sums = {kind: sum(row["ms"][kind] for row in rows) for kind in KINDS}
-    sums["choice"] = sum(row["ms"][row["choice"]] for row in rows)
-    print("sum over the grid, best of each cell = 1: " + ", ".join(f"{k} {s / total:.2f}" for k, s in sums.items()))
+def summarise(rows: list[Row]) -> None:
+    """How far `auto` is behind the best kind of a cell, of a setting and of all settings."""
+    print(f"\nsum of ms {'':48}{'auto':>8}  {'best kind of all sizes':24}{'auto / best':>12}")
+    settings = list(dict.fromkeys(row["setting"] for row in rows))
+    for name, group in [*((name, (name,)) for name in settings), ("all settings", settings)]:
+        chosen = [row for row in rows if row["setting"] in group]
+        sums = {kind: sum(row["ms"][kind] for row in chosen) for kind in KINDS}
+        best = min(KINDS, key=sums.__getitem__)
+        auto = sum(row["ms"][row["auto"]] for row in chosen)
+        print(f"{name:58}{auto:8.1f}  {f'{best} {sums[best]:.1f}':24}{auto / sums[best]:12.3f}")
+    worst = max(rows, key=lambda row: row["behind"])
+    ideal = sum(min(row["ms"].values()) for row in rows)
+    auto = sum(row["ms"][row["auto"]] for row in rows)
+    print(f"over the best kind of every cell: {auto / ideal - 1:.1%} in sum, at most {worst['behind']:.1%}", flush=True)
+
+
+def print_compared(rounds: int) -> list[Row]:
+    return [row for setting in COMPARED for row in compare(setting, COMPARED_TOKENS, rounds)]
+
+
+def print_choices(settings: tuple[Setting, ...], sizes: tuple[int, ...], rounds: int) -> list[Row]:
+    rows = [row for setting in settings for row in choose(setting, sizes, rounds)]
+    summarise(rows)
+    return rows
+
+
+TABLES: dict[str, Callable[[int], list[Row]]] = {
+    "compare": print_compared,
+    "grid": lambda rounds: print_choices(GRID, GRID_TOKENS, rounds),
+    "held_out": lambda rounds: print_choices(HELD_OUT, HELD_OUT_TOKENS, rounds),
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"of {', '.join(TABLES)}; without any, all")
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--tokens", type=int, default=64, help="per rank, without --grid")
-    parser.add_argument("--grid", action="store_true", help="the cost model's choices instead of the comparison")
     parser.add_argument("--json", type=pathlib.Path)
     options = parser.parse_args()
+    if unknown := set(options.tables) - set(TABLES):
+        parser.error(f"there is no table {min(unknown)!r}; take of {', '.join(TABLES)}")
     if reason := why_not():
         sys.exit(f"cannot emulate hosts here: {reason}")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # hosts here have no names; c10d complains of each
-    if options.grid:
-        rows = [row for setting in GRID for row in choose(setting, options.rounds)]
-        summarise(rows)
-    else:
-        rows = [row for setting in COMPARED for row in compare(setting, options.tokens, options.rounds)]
+    tables = {name: TABLES[name](options.rounds) for name in options.tables or TABLES}
     if options.json:
-        options.json.write_text(json.dumps(rows, indent=1))
+        versions = {"python": platform.python_version(), "torch": torch.__version__, "kernel": platform.release()}
+        machine = {"cpu": cpu_name(), "versions": versions, "rounds": options.rounds}
+        options.json.write_text(json.dumps({"machine": machine, **tables}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

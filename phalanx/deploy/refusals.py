@@ -10,6 +10,8 @@ from phalanx.parallel.mesh import MeshShape
 from phalanx.runtime.expert_config import ExpertConfig
 from phalanx.runtime.memory import ITEMSIZE
 
+LOOPBACK_NAMES = ("localhost", "[::1]")
+
 MAX_TENSOR = 128
 """Sizes of the tensor axis that are tried for the list of possible ones."""
 
@@ -96,6 +98,17 @@ def seat_problems(config: ClusterConfig, hardware: Hardware, room: Room) -> Iter
             f"replicas ({config.replicas}) x parallel.pipeline ({pipeline}) x parallel.data ({data}) = {num_groups} "
             f"groups of {each}, but the nodes ({nodes} {room.unit}) hold {sum(room.groups)}; lower one of the three or "
             "add nodes"
+        )
+
+
+def network_problems(config: ClusterConfig, hardware: Hardware) -> Iterator[str]:
+    """Addresses that the ranks' machines cannot reach; nodes of a cluster are named `address/id`."""
+    hosts = {node.name.partition("/")[0] for node in hardware.nodes}
+    listen = config.server.engine_listen.rpartition(":")[0]
+    if config.ray.address != "local" and len(hosts) > 1 and (listen.startswith("127.") or listen in LOOPBACK_NAMES):
+        yield (
+            f"server.engine_listen ({config.server.engine_listen}) can be reached from this machine only, but engines "
+            f"run on {len(hosts)} machines; write this machine's address in their network, for example 10.0.0.1:0"
         )
 
 

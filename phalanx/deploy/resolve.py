@@ -15,7 +15,7 @@ from phalanx.deploy.plan import (
     SchedulerPlan,
     WorkersPlan,
 )
-from phalanx.deploy.refusals import count_room, even_divisions, expert_slots, model_problems, seat_problems
+from phalanx.deploy.refusals import count_room, even_divisions, expert_slots, model_problems, network_problems, seat_problems
 from phalanx.errors import ConfigError
 from phalanx.models.spec import DecoderConfig
 from phalanx.parallel.mesh import MeshShape
@@ -55,6 +55,7 @@ def resolve(config: ClusterConfig, hardware: Hardware, model: DecoderConfig) -> 
     room = count_room(config, hardware, device)
     problems = [f"{problem.keys[0]}: {problem.sentence}" for problem in conflicts(config)]
     problems += [*model_problems(config, model, dtype), *seat_problems(config, hardware, room)]
+    problems += network_problems(config, hardware)
     if problems:
         raise ConfigError("\n".join(problems))
 

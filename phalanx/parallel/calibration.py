@@ -87,7 +87,7 @@ class _Clock:
 
     def slowest(self, action: Callable[[], object]) -> float:
         """Seconds of the slowest rank."""
-        time.sleep(min(REST_S, 10 * self._last))
+        time.sleep(min(REST_S, 5 * self._last))
         self._synchronize()
         begin = time.perf_counter()
         action()

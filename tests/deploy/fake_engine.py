@@ -8,7 +8,7 @@ import contextlib
 import json
 import random
 import threading
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,16 +26,23 @@ from phalanx.runtime.controller.jobs import unpack_ids
 from phalanx.runtime.detokenize import BYTE_ALPHABET
 from phalanx.runtime.frames import (
     Abort,
+    AbortScale,
+    AskScale,
     Failed,
     Frame,
     Heartbeat,
     Hello,
     Place,
+    Scale,
+    ScaleEstimate,
+    ScaleState,
     Shutdown,
+    StageBytes,
     TokenEvents,
     TokenRow,
     Welcome,
 )
+from phalanx.runtime.scaling import Phase
 from phalanx.runtime.tokenizer import Tokenizer
 from tests.runtime.controller.world import token
 
@@ -65,12 +72,18 @@ class FakeEngine:
         sends_stale: before each row goes one of another epoch with other tokens.
         refusal: answer every placement with this error.
         rows: (job, choice) -> what runs; empty = all blocks free.
+        scales: scale operations it was asked for, which `tell_scale` carries on; it answers questions by itself.
+        tell_when_asked: the phase that an operation has at once.
+        is_silent: answers no questions.
         stopped: reason of a Shutdown, or how the link ended.
     """
 
     def __init__(self, address: str, replica: int = 0, incarnation: int = 1, step_s: float = 0.003) -> None:
         self.replica, self.incarnation, self.step_s = replica, incarnation, step_s
-        self.is_mute = self.is_frozen = self.sends_twice = self.sends_stale = False
+        self.is_mute = self.is_frozen = self.sends_twice = self.sends_stale = self.is_silent = False
+        self.data = 1
+        self.scales: list[Scale | AbortScale] = []
+        self.tell_when_asked: Phase | None = None
         self.refusal: str | None = None
         self.rows: dict[tuple[str, int], Row] = {}
         self.placed: list[Place] = []
@@ -90,6 +103,13 @@ class FakeEngine:
 
     def post(self, frame: Frame) -> None:
         self._outbox.put_nowait(frames.encode(frame))
+
+    def tell_scale(self, op_id: str, phase: Phase, data: int, *, gone: Sequence[int] = (), detail: str = "") -> None:
+        """How an operation goes; while it prepares it wants rank 1."""
+        self.data = data
+        wanted = [[1]] if phase == "PREPARING" else []
+        ranks = [f"rank {rank}: pid {rank}" for rank in range(data)] if phase == "DONE" else []
+        self.post(ScaleState(op_id, phase, detail, data, wanted, list(gone), ranks))
 
     def fail(self, error: str) -> None:
         self.post(Failed(3, "node-b", "/tmp/rank3.log", error))
@@ -136,6 +156,15 @@ class FakeEngine:
                 for job, choice in list(self.rows):
                     if job == frame.job and frame.choice in (-1, choice):
                         del self.rows[job, choice]
+            case AskScale(call, data) if not self.is_silent:
+                refusal = "" if data < 9 else f"data {data}: too many"
+                stages = [StageBytes(2**20, 2**21, 2**22, 2**23)]
+                self.post(ScaleEstimate(call, refusal, 0, self.data, data, 1, 1, 8, 16, stages, 3, 3 * 2**20))
+            case Scale() | AbortScale():
+                self.scales.append(frame)
+                if isinstance(frame, Scale) and self.tell_when_asked is not None:
+                    data = frame.data if self.tell_when_asked == "DONE" else self.data
+                    self.tell_scale(frame.op_id, self.tell_when_asked, data, detail="as told")
             case Welcome():
                 self.is_welcome = True
             case Shutdown():

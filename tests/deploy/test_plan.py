@@ -217,6 +217,12 @@ REFUSED = [
         cpu_nodes(2),
         r"num_blocks \(10, .* raise num_blocks to 11 or lower max_model_len to 144",
     ),
+    (
+        "ray: {address: 'n0:6379'}",
+        cpu_nodes(2, 2),
+        r"server\.engine_listen \(127\.0\.0\.1:0\) can be reached from this machine only, .* on 2 machines; write",
+    ),
+    ("moe: {exact: true}", cpu_nodes(2), "moe: a qwen3 checkpoint has no experts; leave the section out"),
     ("scheduler: {max_model_len: 50000}", cpu_nodes(2), r"max_model_len \(50000\) is more than the 40960 positions"),
 ]
 

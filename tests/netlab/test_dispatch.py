@@ -5,7 +5,7 @@ Times are compared by `benchmarks/alltoall.py`; they are no matter for a test.
 
 import pytest
 
-from benchmarks.alltoall import KINDS, Case, Setting, emulated_bytes, on_ranks
+from benchmarks.dispatch_ranks import KINDS, Case, Setting, emulated_bytes, on_ranks
 from tests.netlab.emulator import LinkSpec
 from tests.netlab.lab import Lab, why_not
 

@@ -5,6 +5,7 @@ runs `phalanx.runtime.rank.main` with its bootstrap on stdin, under the product'
 """
 
 import contextlib
+import functools
 import multiprocessing
 import os
 import pickle
@@ -40,11 +41,16 @@ class Record(NamedTuple):
     logits: Tensor
 
 
+Hook = Callable[[int], None]
+"""Called in a forked rank, with its number, before it begins; must be importable: it may patch what it wants there."""
+
+
 @contextlib.contextmanager
-def forked_ranks(folder: Path | None = None) -> Iterator[None]:
+def forked_ranks(folder: Path | None = None, hook: Hook | None = None) -> Iterator[None]:
     """While it lasts, an `LLM` forks its ranks; with a folder, all ranks record their logits into it."""
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(processes, "_start", lambda bootstrap: ForkedRank(bootstrap, folder)))
+        start = mock.patch.object(processes, "_start", lambda bootstrap: ForkedRank(bootstrap, folder, hook))
+        stack.enter_context(start)
         if folder is not None:  # a single rank runs in this process
             sample = recording(Sampler.sample, folder / "0")
             stack.enter_context(mock.patch.object(Sampler, "sample", sample))
@@ -80,12 +86,13 @@ def recording(sample: Callable[..., Any], path: Path) -> Callable[..., Any]:
 class ForkedRank:
     """What `ProcessExecutor` needs of a `subprocess.Popen`."""
 
-    def __init__(self, bootstrap: Bootstrap, folder: Path | None) -> None:
+    def __init__(self, bootstrap: Bootstrap, folder: Path | None, hook: Hook | None = None) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOAD)
         theirs, ours = context.Pipe(duplex=False)
         record = folder / str(bootstrap.rank) if folder is not None else None
-        self._process = context.Process(target=_be_rank, args=(theirs, record), daemon=True)
+        begin = functools.partial(hook, bootstrap.rank) if hook is not None else None
+        self._process = context.Process(target=_be_rank, args=(theirs, record, begin), daemon=True)
         self._process.start()
         theirs.close()
         self.pid = self._process.pid
@@ -109,9 +116,11 @@ class ForkedRank:
         self._process.kill()
 
 
-def _be_rank(stdin: Connection, record: Path | None) -> None:
+def _be_rank(stdin: Connection, record: Path | None, begin: Callable[[], None] | None) -> None:
     sys.stdin = os.fdopen(os.dup(stdin.fileno()))
     stdin.close()
+    if begin is not None:
+        begin()
     if record is not None:
         Sampler.sample = recording(Sampler.sample, record)  # type: ignore[method-assign]
     rank.main()

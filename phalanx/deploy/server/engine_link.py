@@ -78,7 +78,7 @@ class EngineLinks:
                 self._shell.handle(ReplicaGone(replica, incarnation, cause, error))
             case supervise.GrowFailed(replica, incarnation, op_id, reason):
                 fields = log.fields(replica=replica, incarnation=incarnation, op_id=op_id, error=reason)
-                _logger.warning("ranks cannot be started", extra=fields)
+                _logger.warning("a rank that was asked for has failed", extra=fields)
                 self._shell.handle(GrowFailed(replica, incarnation, op_id, reason))
             case _:
                 raise frames.WireError(f"{type(frame).__name__} is a frame of the controller")

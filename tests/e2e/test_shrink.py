@@ -1,0 +1,207 @@
+"""A rank dies, the group goes on without it: all tokens equal, back within a second. About 25 s on two busy cores."""
+
+import contextlib
+import functools
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from phalanx import LLM, SamplingParams
+from phalanx.errors import ReplicaLostError
+from phalanx.runtime.executor.processes import ProcessExecutor
+from phalanx.runtime.rank_experts import RankExperts
+from tests.support.engines import SHARING_CORES, Hook, forked_ranks
+from tests.support.oracle import Oracle, make_oracle
+from tests.support.traffic import Traffic, planner_of
+
+NUM_STREAMS = 8
+LIMITS: dict[str, Any] = {
+    "scheduler": {"max_batch_tokens": 64, "max_sequences": NUM_STREAMS, "max_model_len": 112},
+    "kv": {"num_blocks": 160, "block_size": 8},
+}
+SHRINK = {"dispatch": "flat", "on_rank_loss": "shrink"}
+TITLE = "SIGKILL of a rank: milliseconds until it is noticed, until tokens come again"
+BACK_S = 1.0
+
+
+@pytest.fixture(scope="module")
+def oracle(tmp_path_factory: pytest.TempPathFactory) -> Oracle:
+    return make_oracle("qwen3_moe", tmp_path_factory.mktemp("checkpoints"))
+
+
+@contextlib.contextmanager
+def running(oracle: Oracle, data: int, redundant: int, hook: Hook | None = None, **moe: Any) -> Iterator[LLM]:
+    options = {**SHRINK, "redundant_experts": redundant, **moe}
+    with forked_ranks(hook=hook), LLM(str(oracle.path), data=data, moe=options, **SHARING_CORES, **LIMITS) as llm:
+        yield llm
+
+
+def pids(llm: LLM) -> dict[int, int]:
+    assert isinstance(llm.engine.executor, ProcessExecutor)
+    return llm.engine.executor.pids
+
+
+def kill(llm: LLM, rank: int) -> None:
+    os.kill(pids(llm)[rank], signal.SIGKILL)
+
+
+def lose(llm: LLM, traffic: Traffic, rank: int) -> tuple[float, float]:
+    """Kill a rank in mid-step; returns the seconds until the repair begins and until tokens come again."""
+    engine, generation, begun = llm.engine, llm.engine.mesh.generation, time.monotonic()
+    kill(llm, rank)
+    while engine.mesh.op is None or not engine.mesh.op.goal.is_repair or rank not in engine.mesh.op.goal.removed:
+        traffic.turn()
+    noticed = time.monotonic()
+    while engine.mesh.generation == generation:
+        traffic.turn()
+    seen = len(traffic.times)
+    while len(traffic.times) == seen:
+        traffic.turn()
+    planner_of(engine).check()
+    engine.check()
+    assert rank not in pids(llm), "the dead are reaped"
+    assert rank not in engine.mesh.seats
+    return noticed - begun, time.monotonic() - begun
+
+
+@pytest.mark.multi
+@pytest.mark.parametrize(("data", "rank"), [(3, 0), (3, 1), (3, 2), (4, 0), (4, 1), (4, 2), (4, 3)])
+def test_any_rank(oracle: Oracle, data: int, rank: int, record_property: Callable[[str, object], None]) -> None:
+    with running(oracle, data, redundant=6, node_size=2, dispatch="two_hop") as llm:
+        traffic = Traffic(llm.engine, oracle, NUM_STREAMS)
+        traffic.turns(40)
+        noticed_s, back_s = lose(llm, traffic, rank)
+        traffic.turns(20)
+        traffic.finish()
+        assert len(llm.engine.mesh.units) == data - 1
+    record_property("table", (TITLE, f"data {data}", f"rank {rank}", f"{1000 * noticed_s:.0f} {1000 * back_s:.0f}"))
+    assert back_s < BACK_S
+
+
+@pytest.mark.multi
+def test_one_after_the_other_down_to_one(oracle: Oracle) -> None:
+    with running(oracle, data=4, redundant=18) as llm:
+        traffic = Traffic(llm.engine, oracle, NUM_STREAMS)
+        for rank in (2, 0, 3):
+            traffic.turns(15)
+            lose(llm, traffic, rank)
+        assert llm.engine.mesh.units == (1,)
+        traffic.finish()
+        kill(llm, 1)
+        with pytest.raises(ReplicaLostError, match=r"rank 1 .* no other rank has experts \[0, 1, 2, 3, 4, 5\]"):
+            llm.generate([oracle.prompts[0]], SamplingParams(temperature=0, max_tokens=4))
+
+
+@pytest.mark.multi
+def test_two_at_once(oracle: Oracle) -> None:
+    with running(oracle, data=4, redundant=18) as llm:
+        traffic = Traffic(llm.engine, oracle, NUM_STREAMS)
+        traffic.turns(20)
+        kill(llm, 0)
+        kill(llm, 2)
+        while llm.engine.mesh.units != (1, 3):
+            traffic.turn()
+        traffic.turns(20)
+        traffic.finish()
+
+
+@pytest.mark.multi
+def test_too_few_replicas(oracle: Oracle) -> None:
+    """Ranks hold experts (0, 1) (2, 3) (4, 5) (0, 1): the second may not be lost, the first may."""
+    with running(oracle, data=4, redundant=2) as llm:
+        traffic = Traffic(llm.engine, oracle, NUM_STREAMS)
+        traffic.turns(10)
+        lose(llm, traffic, 0)
+        traffic.turns(10)
+        kill(llm, 1)
+        message = (
+            r"rank 1 \(node .*\) died without a word; no other rank has experts \[2, 3\] of MoE layer 0 \(3 layers"
+        )
+        with pytest.raises(ReplicaLostError, match=message):
+            traffic.turns(100)
+    assert not pids(llm)
+
+
+@pytest.mark.multi
+def test_while_rows_travel(oracle: Oracle) -> None:
+    """Flips that some ranks executed in a step that failed for others: the tables agree afterwards."""
+    from tests.e2e.test_migrate_live import Restless
+
+    for seed in range(3):
+        with running(oracle, data=3, redundant=12) as llm:
+            traffic, restless = Traffic(llm.engine, oracle, NUM_STREAMS), Restless(llm, seed)
+            for _ in range(30 + 7 * seed):
+                restless.stir()
+                traffic.turn()
+            lose(llm, traffic, seed)
+            for _ in range(30):
+                restless.stir()
+                traffic.turn()
+            traffic.finish()
+
+
+@pytest.mark.multi
+@pytest.mark.parametrize("victim", ["new", "stays", "goes"])
+def test_while_scaling(oracle: Oracle, victim: str) -> None:
+    """The operation is undone; a lost member is then repaired; afterwards the group can grow again."""
+    with running(oracle, data=3, redundant=12) as llm:
+        traffic = Traffic(llm.engine, oracle, NUM_STREAMS)
+        traffic.turns(10)
+        target = 2 if victim == "goes" else 4
+        op = llm.engine.scale("op", target, time.monotonic())
+        if victim == "new":
+            while 3 not in pids(llm):
+                traffic.turn()
+        kill(llm, {"new": 3, "stays": 0, "goes": 2}[victim])
+        while not op.is_over or llm.engine.mesh.holds:
+            traffic.turn()
+        traffic.turns(20)
+        assert op.phase == "ABORTED"
+        assert llm.engine.mesh.units == {"new": (0, 1, 2), "stays": (1, 2), "goes": (0, 1)}[victim]
+        assert llm.engine.scale("op", target, time.monotonic()) is op, "the same id is the same operation"
+        again = llm.engine.scale("again", 4, time.monotonic())
+        while not again.is_over:
+            traffic.turn()
+        assert again.phase == "DONE"
+        traffic.turns(20)
+        traffic.finish()
+        assert len(pids(llm)) == 4
+
+
+def die_in_prepare(rank: int, victims: tuple[int, ...], generation: int) -> None:
+    """A hook: these ranks die when they should build the groups of a generation."""
+    prepare = RankExperts._prepare
+
+    def dying(self: RankExperts, order: Any) -> None:
+        if rank in victims and order.generation == generation:
+            os.kill(os.getpid(), signal.SIGKILL)
+        prepare(self, order)
+
+    RankExperts._prepare = dying  # type: ignore[method-assign]
+
+
+@pytest.mark.multi
+def test_a_rank_dies_while_another_one_is_repaired(oracle: Oracle) -> None:
+    hook = functools.partial(die_in_prepare, victims=(1,), generation=1)
+    with running(oracle, data=4, redundant=18, hook=hook) as llm:
+        traffic = Traffic(llm.engine, oracle, NUM_STREAMS)
+        traffic.turns(10)
+        kill(llm, 3)
+        while llm.engine.mesh.units != (0, 2):
+            traffic.turn()
+        traffic.turns(20)
+        traffic.finish()
+
+
+@pytest.mark.multi
+def test_restart_is_the_default(oracle: Oracle) -> None:
+    with running(oracle, data=3, redundant=12, on_rank_loss="restart") as llm:
+        traffic = Traffic(llm.engine, oracle, NUM_STREAMS)
+        traffic.turns(5)
+        kill(llm, 1)
+        with pytest.raises(ReplicaLostError, match="rank 1"):
+            traffic.turns(100)
