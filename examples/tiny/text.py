@@ -68,10 +68,10 @@ def chats(source: str) -> Iterator[str]:
 
 
 def documents(sources: list[str]) -> list[str]:
-    """The sources and the chats made of them, shuffled, END_OF_TEXT after each."""
+    """The sources and the chats made of them, shuffled."""
     texts = sources + [chat for source in sources for chat in chats(source)]
     random.Random(SEED).shuffle(texts)
-    return [text + END_OF_TEXT for text in texts]
+    return texts
 
 
 def train_tokenizer(sources: list[str]) -> Tokenizer:
@@ -95,5 +95,6 @@ def train_tokenizer(sources: list[str]) -> Tokenizer:
 
 
 def token_stream(tokenizer: Tokenizer, texts: list[str]) -> torch.Tensor:
-    """All texts as one row of token ids, int64."""
-    return torch.cat([torch.tensor(encoding.ids) for encoding in tokenizer.encode_batch(texts)])
+    """All texts as one row of token ids, int64, END_OF_TEXT after each."""
+    encodings = tokenizer.encode_batch([text + END_OF_TEXT for text in texts])
+    return torch.cat([torch.tensor(encoding.ids) for encoding in encodings])

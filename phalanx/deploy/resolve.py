@@ -15,7 +15,14 @@ from phalanx.deploy.plan import (
     SchedulerPlan,
     WorkersPlan,
 )
-from phalanx.deploy.refusals import count_room, even_divisions, expert_slots, model_problems, network_problems, seat_problems
+from phalanx.deploy.refusals import (
+    count_room,
+    even_divisions,
+    expert_slots,
+    model_problems,
+    network_problems,
+    seat_problems,
+)
 from phalanx.errors import ConfigError
 from phalanx.models.spec import DecoderConfig
 from phalanx.parallel.mesh import MeshShape

@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,7 +38,7 @@ class Progress:
     """One line for the person who waits.
 
     Attributes:
-        event: controller | ready | lost | drain, or log: a line of the controller's log.
+        event: controller | ready | lost | scale | drain, or log: a line of the controller's log.
         data: the same for programs.
     """
 
@@ -172,8 +172,10 @@ class Supervisor:
                         return
                     case StartRanks():
                         replica.grow(order.op_id, order.units, time.monotonic())
+                        self._scaled(replica, "starts", [rank for unit in order.units for rank in unit])
                     case EndRanks():
                         replica.shed(order.ranks)
+                        self._scaled(replica, "has let go of", order.ranks)
             ended = replica.wait(0.05, has_served=attempt.has_served)
             if ended is not None:
                 self._ended(ended)
@@ -182,6 +184,10 @@ class Supervisor:
                 controller.grow_failed(replica.replica, replica.incarnation, *failure)
             if not attempt.has_served:
                 self._announce(attempt, controller)
+
+    def _scaled(self, replica: Replica, what: str, ranks: Sequence[int]) -> None:
+        text = f"replica {replica.replica} {what} ranks {', '.join(map(str, ranks))}"
+        self._report(Progress("scale", text, {"replica": replica.replica, "ranks": list(ranks)}))
 
     def _reclaimed(self, replica: Replica, cause: str) -> None:
         # Of a replica that failed the controller hears before Ray does, and the engine's own words say more.

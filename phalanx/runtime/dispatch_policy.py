@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from phalanx.parallel.topology import EpTopology
 
 SWITCH_STEPS = 8
-SWITCH_GAIN = 0.1
+SWITCH_GAIN = 0.02
 """Another kind must be so much cheaper, for so many steps in a row, before the policy changes its mind."""
 
 Costs = Callable[[int, EpTopology], dict[str, float]]

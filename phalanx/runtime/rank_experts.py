@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from phalanx.errors import ReplicaLostError
+from phalanx.errors import PhalanxError, ReplicaLostError
 from phalanx.kernels import memory
 from phalanx.kernels.experts import Experts
 from phalanx.moe.group import ExpertGroup
@@ -184,7 +184,7 @@ class RankExperts:
         error = ""
         try:
             built = self._build(order.generation, EpTopology.of_names(order.nodes), self._rank_of(order.dp_rank))
-        except ReplicaLostError as failure:
+        except (PhalanxError, RuntimeError, OSError) as failure:  # unanswered, it would only end by a deadline
             error = str(failure)
         else:
             with self._lock:

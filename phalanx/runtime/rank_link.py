@@ -46,6 +46,7 @@ class RankListener:
             raise ConfigError(f"cannot listen for ranks on {host} ({error}); use an address of this machine") from error
         self.address = f"{host}:{self._socket.getsockname()[1]}"
         self._ranks: dict[int, Dialled] = {}
+        self._refused: set[int] = set()
         self._arrived = threading.Condition()
         threading.Thread(target=self._accept, name="rank-accept", daemon=True).start()
 
@@ -54,6 +55,14 @@ class RankListener:
         with self._arrived:
             self._arrived.wait_for(lambda: rank in self._ranks, timeout_s)
             return self._ranks.pop(rank, None)
+
+    def refuse(self, rank: int) -> None:
+        """Close the link of a rank that has dialled but was not taken, or that still will: nobody wants it any more."""
+        with self._arrived:
+            self._refused.add(rank)
+            dialled = self._ranks.pop(rank, None)
+        if dialled is not None:
+            dialled.connection.close()
 
     def close(self) -> None:
         """Stop accepting."""
@@ -80,6 +89,9 @@ class RankListener:
             return
         _set_timeout(connection.fileno(), 0.0)
         with self._arrived:
+            if rank in self._refused:
+                connection.close()
+                return
             self._ranks[rank] = Dialled(connection, node)
             self._arrived.notify_all()
 

@@ -16,6 +16,7 @@ from phalanx.deploy.plan import DeploymentPlan, decode, encode
 from phalanx.deploy.plan_text import plan_json, plan_text, resolved_file
 from phalanx.deploy.resolve import resolve
 from phalanx.errors import ConfigError
+from phalanx.models import qwen3_moe
 from phalanx.models.hf_config import read_config
 from phalanx.models.qwen3 import decoder_config
 from phalanx.models.spec import DecoderConfig
@@ -49,6 +50,28 @@ def qwen3(layers: int, hidden: int, inner: int, heads: int, kv_heads: int = 8, v
 
 QWEN3_8B = qwen3(36, 4096, 12288, 32)
 QWEN3_32B = qwen3(64, 5120, 25600, 64)
+QWEN3_30B_A3B = qwen3_moe.decoder_config(
+    {
+        "model_type": "qwen3_moe",
+        "vocab_size": 151936,
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "moe_intermediate_size": 768,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "max_position_embeddings": 40960,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000.0,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+    }
+)
 SMALL = qwen3(6, 256, 384, 8, 4, 1000)
 
 
@@ -388,6 +411,8 @@ def test_examples_resolve(path: Path) -> None:
         "tiny": (cpu_nodes(2, 2, memory=4 * GIB), None),
         "qwen3-8b-tp2": (gpu_nodes(2), QWEN3_8B),
         "two-nodes": (gpu_nodes(4, 4), QWEN3_32B),
+        "tiny-moe": (cpu_nodes(2, 2, memory=4 * GIB), None),
+        "moe-two-nodes": (gpu_nodes(4, 4), QWEN3_30B_A3B),
     }
     example = load_config(path)
     hardware, model = machines[path.stem]

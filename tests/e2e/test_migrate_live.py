@@ -18,7 +18,7 @@ from phalanx import LLM
 from phalanx.runtime.plan import MovesDone
 from phalanx.runtime.rank_experts import RankExperts
 from tests.support.engines import SHARING_CORES, forked_ranks
-from tests.support.oracle import Oracle, make_oracle
+from tests.support.oracle import Oracle
 from tests.support.traffic import Traffic, planner_of, random_placement
 
 NUM_STREAMS = 8
@@ -27,11 +27,6 @@ LIMITS: dict[str, Any] = {
     "kv": {"num_blocks": 160, "block_size": 8, "prefix_cache": False},
 }
 TITLE = "experts on the move under load: flips, rows moved, requests answered"
-
-
-@pytest.fixture(scope="module")
-def oracle(tmp_path_factory: pytest.TempPathFactory) -> Oracle:
-    return make_oracle("qwen3_moe", tmp_path_factory.mktemp("checkpoints"))
 
 
 class Restless:
@@ -69,10 +64,10 @@ def drive(llm: LLM, oracle: Oracle, num_flips: int) -> Traffic:
     ids=["data 2", "data 2, redundant", "data 4, two nodes"],
 )
 def test_placements_change_all_the_time(
-    oracle: Oracle, data: int, moe: dict[str, Any], record_property: Callable[[str, object], None]
+    moe_oracle: Oracle, data: int, moe: dict[str, Any], record_property: Callable[[str, object], None]
 ) -> None:
-    with forked_ranks(), LLM(str(oracle.path), data=data, moe=moe, **SHARING_CORES, **LIMITS) as llm:
-        traffic = drive(llm, oracle, num_flips=150)
+    with forked_ranks(), LLM(str(moe_oracle.path), data=data, moe=moe, **SHARING_CORES, **LIMITS) as llm:
+        traffic = drive(llm, moe_oracle, num_flips=150)
         planner = planner_of(llm.engine)
         assert traffic.num_done >= NUM_STREAMS
         assert planner.num_moved > 200
@@ -82,10 +77,10 @@ def test_placements_change_all_the_time(
 
 
 @pytest.mark.multi
-def test_stages_and_tensor_ranks_move_their_own(oracle: Oracle) -> None:
+def test_stages_and_tensor_ranks_move_their_own(moe_oracle: Oracle) -> None:
     moe = {"dispatch": "flat", "redundant_experts": 2}
-    with forked_ranks(), LLM(str(oracle.path), tensor=2, pipeline=2, moe=moe, **SHARING_CORES, **LIMITS) as llm:
-        drive(llm, oracle, num_flips=60)
+    with forked_ranks(), LLM(str(moe_oracle.path), tensor=2, pipeline=2, moe=moe, **SHARING_CORES, **LIMITS) as llm:
+        drive(llm, moe_oracle, num_flips=60)
 
 
 def damage(rank: int, every: int, folder: Path) -> None:
@@ -105,10 +100,10 @@ def damage(rank: int, every: int, folder: Path) -> None:
 
 
 @pytest.mark.multi
-def test_a_damaged_row_is_refused_and_travels_again(oracle: Oracle, tmp_path: Path) -> None:
+def test_a_damaged_row_is_refused_and_travels_again(moe_oracle: Oracle, tmp_path: Path) -> None:
     moe = {"dispatch": "flat", "redundant_experts": 2}
     hook = functools.partial(damage, every=4, folder=tmp_path)
-    with forked_ranks(hook=hook), LLM(str(oracle.path), data=2, moe=moe, **SHARING_CORES, **LIMITS) as llm:
+    with forked_ranks(hook=hook), LLM(str(moe_oracle.path), data=2, moe=moe, **SHARING_CORES, **LIMITS) as llm:
         planner, refused = planner_of(llm.engine), list[int]()
         take = planner.on_moves
 
@@ -117,23 +112,20 @@ def test_a_damaged_row_is_refused_and_travels_again(oracle: Oracle, tmp_path: Pa
             take(done)
 
         planner.on_moves = count  # type: ignore[method-assign]
-        drive(llm, oracle, num_flips=60)
+        drive(llm, moe_oracle, num_flips=60)
     assert len(refused) == sum(os.stat(tmp_path / str(rank)).st_size for rank in range(2))
     assert len(refused) > 20, "each damaged row was refused, no other"
 
 
 @pytest.mark.multi
-def test_rebalancing_by_itself(oracle: Oracle) -> None:
+def test_rebalancing_by_itself(moe_oracle: Oracle) -> None:
     """The policy looks, a thread solves, and what cools the hottest rank moves, while requests run."""
     moe = {"dispatch": "flat", "redundant_experts": 2, "rebalance": {"interval_steps": 40, "max_moved": 0.5}}
-    with forked_ranks(), LLM(str(oracle.path), data=2, moe=moe, **SHARING_CORES, **LIMITS) as llm:
-        planner, traffic = planner_of(llm.engine), Traffic(llm.engine, oracle, NUM_STREAMS)
+    with forked_ranks(), LLM(str(moe_oracle.path), data=2, moe=moe, **SHARING_CORES, **LIMITS) as llm:
+        planner, traffic = planner_of(llm.engine), Traffic(llm.engine, moe_oracle, NUM_STREAMS)
         size = planner.config.slots_per_rank
         first = planner.placements
-        for _ in range(2000):
-            traffic.turn()
-            if planner.num_flips and not planner.is_migrating:
-                break
+        traffic.until(lambda: planner.num_flips > 0 and not planner.is_migrating)
         loads = planner.load.load()
         before = [layer.balancedness(load, size) for layer, load in zip(first, loads, strict=True)]
         after = [layer.balancedness(load, size) for layer, load in zip(planner.placements, loads, strict=True)]
@@ -143,10 +135,10 @@ def test_rebalancing_by_itself(oracle: Oracle) -> None:
 
 
 @pytest.mark.multi
-def test_rebalancing_off_and_by_hand(oracle: Oracle) -> None:
+def test_rebalancing_off_and_by_hand(moe_oracle: Oracle) -> None:
     moe = {"dispatch": "flat", "redundant_experts": 2, "rebalance": {"interval_steps": 0}}
-    with forked_ranks(), LLM(str(oracle.path), data=2, moe=moe, **SHARING_CORES, **LIMITS) as llm:
-        planner, traffic = planner_of(llm.engine), Traffic(llm.engine, oracle, NUM_STREAMS)
+    with forked_ranks(), LLM(str(moe_oracle.path), data=2, moe=moe, **SHARING_CORES, **LIMITS) as llm:
+        planner, traffic = planner_of(llm.engine), Traffic(llm.engine, moe_oracle, NUM_STREAMS)
         traffic.turns(200)
         assert planner.num_flips == 0
         llm.engine.mesh.rebalance()

@@ -1,8 +1,8 @@
 """Scaling the expert group of a replica on a local Ray cluster of two nodes, under 16 streams that never end.
 
-The streams are compared with an undisturbed run on one rank. What is killed: a new worker, an old worker and the engine
-while an operation prepares, Ray's room for a new worker, a worker after the commit. Nothing may be left behind. Last, a
-replica with redundant experts that goes on without a rank.
+The streams are compared with an undisturbed run on one rank. First, a replica with redundant experts that goes on
+without a rank. Then another one, where is killed: a new worker, an old worker and the engine while an operation
+prepares, Ray's room for a new worker, a worker after the commit. Nothing may be left behind.
 
 About 130 s on two quiet cores, 30 of them waiting for a placement that cannot be.
 """
@@ -131,6 +131,25 @@ def assert_only(census: Census, client: Client, data: int) -> None:
     assert (replica.data, len(replica.ranks), replica.scale) == (data, data + 1, None)
     serving = set(pids(replica)[1:])
     wait_until(lambda: workers(census) == serving, 10, f"the end of workers other than {serving}")
+
+
+def test_a_rank_that_is_lost_and_replaced(census: Census, answers: list[list[int]]) -> None:
+    """With `on_rank_loss: shrink` the others go on, whichever rank it was; scaling brings another one.
+
+    It comes before the tests that share a deployment, which would take CPUs from this one.
+    """
+    spare = FILE.replace("data: 2", "data: 3") + "moe: {redundant_experts: 16, on_rank_loss: shrink}\n"
+    with deployed(spare, census) as deployment, deployment.client() as client, Load(client, answers) as load:
+        for number in range(2):
+            os.kill(pids(state(client))[1], signal.SIGKILL)
+            took_s = wait_until(lambda: state(client).data == 2, 10, "the repair")
+            count = load.num_streams
+            wait_until(lambda count=count: load.num_streams >= count + NUM_STREAMS, 60, "streams without the rank")
+            assert_only(census, client, 2)
+            assert follow(client, f"again {number}", 3).phase == "DONE"
+            assert_only(census, client, 3)
+            print(f"\nrank lost: repaired after {took_s:.2f} s, longest pause {load.longest_gap_s:.2f} s")
+        assert state(client).incarnation == 1
 
 
 def test_under_load(
@@ -268,19 +287,3 @@ def test_nothing_is_left_open(client: Client, census: Census) -> None:
         assert_only(census, client, 2)
         seen.append(open_things())
     wait_until(lambda: open_things() <= seen[0], 5, f"no more than {seen[0]}, not {open_things()}")
-
-
-def test_a_rank_that_is_lost_and_replaced(census: Census, answers: list[list[int]]) -> None:
-    """With `on_rank_loss: shrink` the others go on, whichever rank it was; scaling brings another one."""
-    spare = FILE.replace("data: 2", "data: 3") + "moe: {redundant_experts: 16, on_rank_loss: shrink}\n"
-    with deployed(spare, census) as deployment, deployment.client() as client, Load(client, answers) as load:
-        for number in range(2):
-            os.kill(pids(state(client))[1], signal.SIGKILL)
-            took_s = wait_until(lambda: state(client).data == 2, 10, "the repair")
-            count = load.num_streams
-            wait_until(lambda count=count: load.num_streams >= count + NUM_STREAMS, 60, "streams without the rank")
-            assert_only(census, client, 2)
-            assert follow(client, f"again {number}", 3).phase == "DONE"
-            assert_only(census, client, 3)
-            print(f"\nrank lost: repaired after {took_s:.2f} s, longest pause {load.longest_gap_s:.2f} s")
-        assert state(client).incarnation == 1

@@ -15,7 +15,7 @@ from phalanx.errors import ReplicaLostError
 from phalanx.runtime.executor.processes import ProcessExecutor
 from phalanx.runtime.rank_experts import RankExperts
 from tests.support.engines import SHARING_CORES, Hook, forked_ranks
-from tests.support.oracle import Oracle, make_oracle
+from tests.support.oracle import Oracle
 from tests.support.traffic import Traffic, planner_of
 
 NUM_STREAMS = 8
@@ -26,11 +26,6 @@ LIMITS: dict[str, Any] = {
 SHRINK = {"dispatch": "flat", "on_rank_loss": "shrink"}
 TITLE = "SIGKILL of a rank: milliseconds until it is noticed, until tokens come again"
 BACK_S = 1.0
-
-
-@pytest.fixture(scope="module")
-def oracle(tmp_path_factory: pytest.TempPathFactory) -> Oracle:
-    return make_oracle("qwen3_moe", tmp_path_factory.mktemp("checkpoints"))
 
 
 @contextlib.contextmanager
@@ -53,14 +48,11 @@ def lose(llm: LLM, traffic: Traffic, rank: int) -> tuple[float, float]:
     """Kill a rank in mid-step; returns the seconds until the repair begins and until tokens come again."""
     engine, generation, begun = llm.engine, llm.engine.mesh.generation, time.monotonic()
     kill(llm, rank)
-    while engine.mesh.op is None or not engine.mesh.op.goal.is_repair or rank not in engine.mesh.op.goal.removed:
-        traffic.turn()
+    traffic.until(lambda: engine.mesh.op is not None and rank in engine.mesh.op.goal.removed)
     noticed = time.monotonic()
-    while engine.mesh.generation == generation:
-        traffic.turn()
+    traffic.until(lambda: engine.mesh.generation > generation)
     seen = len(traffic.times)
-    while len(traffic.times) == seen:
-        traffic.turn()
+    traffic.until(lambda: len(traffic.times) > seen)
     planner_of(engine).check()
     engine.check()
     assert rank not in pids(llm), "the dead are reaped"
@@ -70,9 +62,9 @@ def lose(llm: LLM, traffic: Traffic, rank: int) -> tuple[float, float]:
 
 @pytest.mark.multi
 @pytest.mark.parametrize(("data", "rank"), [(3, 0), (3, 1), (3, 2), (4, 0), (4, 1), (4, 2), (4, 3)])
-def test_any_rank(oracle: Oracle, data: int, rank: int, record_property: Callable[[str, object], None]) -> None:
-    with running(oracle, data, redundant=6, node_size=2, dispatch="two_hop") as llm:
-        traffic = Traffic(llm.engine, oracle, NUM_STREAMS)
+def test_any_rank(moe_oracle: Oracle, data: int, rank: int, record_property: Callable[[str, object], None]) -> None:
+    with running(moe_oracle, data, redundant=6, node_size=2, dispatch="two_hop") as llm:
+        traffic = Traffic(llm.engine, moe_oracle, NUM_STREAMS)
         traffic.turns(40)
         noticed_s, back_s = lose(llm, traffic, rank)
         traffic.turns(20)
@@ -83,9 +75,9 @@ def test_any_rank(oracle: Oracle, data: int, rank: int, record_property: Callabl
 
 
 @pytest.mark.multi
-def test_one_after_the_other_down_to_one(oracle: Oracle) -> None:
-    with running(oracle, data=4, redundant=18) as llm:
-        traffic = Traffic(llm.engine, oracle, NUM_STREAMS)
+def test_one_after_the_other_down_to_one(moe_oracle: Oracle) -> None:
+    with running(moe_oracle, data=4, redundant=18) as llm:
+        traffic = Traffic(llm.engine, moe_oracle, NUM_STREAMS)
         for rank in (2, 0, 3):
             traffic.turns(15)
             lose(llm, traffic, rank)
@@ -93,27 +85,26 @@ def test_one_after_the_other_down_to_one(oracle: Oracle) -> None:
         traffic.finish()
         kill(llm, 1)
         with pytest.raises(ReplicaLostError, match=r"rank 1 .* no other rank has experts \[0, 1, 2, 3, 4, 5\]"):
-            llm.generate([oracle.prompts[0]], SamplingParams(temperature=0, max_tokens=4))
+            llm.generate([moe_oracle.prompts[0]], SamplingParams(temperature=0, max_tokens=4))
 
 
 @pytest.mark.multi
-def test_two_at_once(oracle: Oracle) -> None:
-    with running(oracle, data=4, redundant=18) as llm:
-        traffic = Traffic(llm.engine, oracle, NUM_STREAMS)
+def test_two_at_once(moe_oracle: Oracle) -> None:
+    with running(moe_oracle, data=4, redundant=18) as llm:
+        traffic = Traffic(llm.engine, moe_oracle, NUM_STREAMS)
         traffic.turns(20)
         kill(llm, 0)
         kill(llm, 2)
-        while llm.engine.mesh.units != (1, 3):
-            traffic.turn()
+        traffic.until(lambda: llm.engine.mesh.units == (1, 3))
         traffic.turns(20)
         traffic.finish()
 
 
 @pytest.mark.multi
-def test_too_few_replicas(oracle: Oracle) -> None:
+def test_too_few_replicas(moe_oracle: Oracle) -> None:
     """Ranks hold experts (0, 1) (2, 3) (4, 5) (0, 1): the second may not be lost, the first may."""
-    with running(oracle, data=4, redundant=2) as llm:
-        traffic = Traffic(llm.engine, oracle, NUM_STREAMS)
+    with running(moe_oracle, data=4, redundant=2) as llm:
+        traffic = Traffic(llm.engine, moe_oracle, NUM_STREAMS)
         traffic.turns(10)
         lose(llm, traffic, 0)
         traffic.turns(10)
@@ -127,13 +118,13 @@ def test_too_few_replicas(oracle: Oracle) -> None:
 
 
 @pytest.mark.multi
-def test_while_rows_travel(oracle: Oracle) -> None:
+def test_while_rows_travel(moe_oracle: Oracle) -> None:
     """Flips that some ranks executed in a step that failed for others: the tables agree afterwards."""
     from tests.e2e.test_migrate_live import Restless
 
     for seed in range(3):
-        with running(oracle, data=3, redundant=12) as llm:
-            traffic, restless = Traffic(llm.engine, oracle, NUM_STREAMS), Restless(llm, seed)
+        with running(moe_oracle, data=3, redundant=12) as llm:
+            traffic, restless = Traffic(llm.engine, moe_oracle, NUM_STREAMS), Restless(llm, seed)
             for _ in range(30 + 7 * seed):
                 restless.stir()
                 traffic.turn()
@@ -146,26 +137,23 @@ def test_while_rows_travel(oracle: Oracle) -> None:
 
 @pytest.mark.multi
 @pytest.mark.parametrize("victim", ["new", "stays", "goes"])
-def test_while_scaling(oracle: Oracle, victim: str) -> None:
+def test_while_scaling(moe_oracle: Oracle, victim: str) -> None:
     """The operation is undone; a lost member is then repaired; afterwards the group can grow again."""
-    with running(oracle, data=3, redundant=12) as llm:
-        traffic = Traffic(llm.engine, oracle, NUM_STREAMS)
+    with running(moe_oracle, data=3, redundant=12) as llm:
+        traffic = Traffic(llm.engine, moe_oracle, NUM_STREAMS)
         traffic.turns(10)
         target = 2 if victim == "goes" else 4
         op = llm.engine.scale("op", target, time.monotonic())
         if victim == "new":
-            while 3 not in pids(llm):
-                traffic.turn()
+            traffic.until(lambda: 3 in pids(llm))
         kill(llm, {"new": 3, "stays": 0, "goes": 2}[victim])
-        while not op.is_over or llm.engine.mesh.holds:
-            traffic.turn()
+        traffic.until(lambda: op.is_over and not llm.engine.mesh.holds)
         traffic.turns(20)
         assert op.phase == "ABORTED"
         assert llm.engine.mesh.units == {"new": (0, 1, 2), "stays": (1, 2), "goes": (0, 1)}[victim]
         assert llm.engine.scale("op", target, time.monotonic()) is op, "the same id is the same operation"
         again = llm.engine.scale("again", 4, time.monotonic())
-        while not again.is_over:
-            traffic.turn()
+        traffic.until(lambda: again.is_over)
         assert again.phase == "DONE"
         traffic.turns(20)
         traffic.finish()
@@ -185,22 +173,21 @@ def die_in_prepare(rank: int, victims: tuple[int, ...], generation: int) -> None
 
 
 @pytest.mark.multi
-def test_a_rank_dies_while_another_one_is_repaired(oracle: Oracle) -> None:
+def test_a_rank_dies_while_another_one_is_repaired(moe_oracle: Oracle) -> None:
     hook = functools.partial(die_in_prepare, victims=(1,), generation=1)
-    with running(oracle, data=4, redundant=18, hook=hook) as llm:
-        traffic = Traffic(llm.engine, oracle, NUM_STREAMS)
+    with running(moe_oracle, data=4, redundant=18, hook=hook) as llm:
+        traffic = Traffic(llm.engine, moe_oracle, NUM_STREAMS)
         traffic.turns(10)
         kill(llm, 3)
-        while llm.engine.mesh.units != (0, 2):
-            traffic.turn()
+        traffic.until(lambda: llm.engine.mesh.units == (0, 2))
         traffic.turns(20)
         traffic.finish()
 
 
 @pytest.mark.multi
-def test_restart_is_the_default(oracle: Oracle) -> None:
-    with running(oracle, data=3, redundant=12, on_rank_loss="restart") as llm:
-        traffic = Traffic(llm.engine, oracle, NUM_STREAMS)
+def test_restart_is_the_default(moe_oracle: Oracle) -> None:
+    with running(moe_oracle, data=3, redundant=12, on_rank_loss="restart") as llm:
+        traffic = Traffic(llm.engine, moe_oracle, NUM_STREAMS)
         traffic.turns(5)
         kill(llm, 1)
         with pytest.raises(ReplicaLostError, match="rank 1"):

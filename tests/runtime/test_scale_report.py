@@ -74,7 +74,7 @@ def engine(data: int, model: str = str(MODEL), **moe: Any) -> Engine:
 def elements(*, of_experts: bool) -> int:
     """Of the checkpoint's tensors."""
     with safe_open(MODEL / "model.safetensors", "numpy") as file:
-        names = [name for name in file.keys() if (".experts." in name) == of_experts]  # noqa: SIM118
+        names = [name for name in sorted(file.keys()) if (".experts." in name) == of_experts]
         return sum(prod(file.get_slice(name).get_shape()) for name in names)
 
 

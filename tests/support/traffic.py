@@ -2,6 +2,7 @@
 
 import random
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 from phalanx import SamplingParams
@@ -53,6 +54,13 @@ class Traffic:
 
     def turns(self, count: int) -> None:
         for _ in range(count):
+            self.turn()
+
+    def until(self, condition: Callable[[], bool], limit_s: float = 20.0) -> None:
+        """Steps until something is so."""
+        deadline = time.monotonic() + limit_s
+        while not condition():
+            assert time.monotonic() < deadline, f"it is not so after {limit_s} s"
             self.turn()
 
     def finish(self, limit_s: float = 30.0) -> None:

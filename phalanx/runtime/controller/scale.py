@@ -168,7 +168,7 @@ class Scaling:
             self._emit(EndRanks(replica.replica, replica.incarnation, tuple(frame.gone)))
         operation = self._operations.get(frame.op_id)
         part = None if operation is None else operation.parts.get(replica.replica)
-        if operation is None or part is None or part.is_over or part.incarnation != replica.incarnation:
+        if operation is None or part is None or part.is_over:  # `settle` has ended those of earlier incarnations
             return
         part.phase, part.detail = frame.phase, frame.detail
         wanted = tuple(map(tuple, frame.wanted))
@@ -183,9 +183,7 @@ class Scaling:
         """A rank could not be started: the engine takes the operation back if it still can."""
         replica, operation = self._replicas.get(event.replica), self._operations.get(event.op_id)
         part = None if operation is None else operation.parts.get(event.replica)
-        if replica is None or part is None or part.is_over or part.incarnation != event.incarnation:
-            return
-        if replica.accepts(event.incarnation):
+        if replica is not None and part is not None and not part.is_over and replica.accepts(event.incarnation):
             self._send(replica, AbortScale(event.op_id, event.reason))
 
     def supervised(self) -> None:

@@ -28,7 +28,7 @@ class LinkExecutor:
         num_ranks: ranks 0 ... num_ranks - 1 are there from the start.
         orders: from the nodes of the ranks to their specs.
         startup_s: limit for all ranks to be ready.
-        find_dead: asked while waiting for ranks: a sentence about one that died before it could dial, or None.
+        find_dead: asked while waiting for ranks: a sentence about each rank that has ended by itself.
 
     Raises:
         ReplicaLostError: a rank failed while starting; its traceback is in the message.
@@ -42,9 +42,9 @@ class LinkExecutor:
         orders: Callable[[list[str]], list[RankSpec]],
         *,
         startup_s: float = 600.0,
-        find_dead: Callable[[], str | None] = lambda: None,
+        find_dead: Callable[[], dict[int, str]] = dict,
     ) -> None:
-        self._listener = listener
+        self._listener, self._find_dead = listener, find_dead
         self._connections: dict[int, Connection] = {}
         self._heard: dict[int, float] = {}
         self._expected: set[int] = set()
@@ -56,7 +56,7 @@ class LinkExecutor:
         deadline = time.monotonic() + startup_s
         try:
             for rank in range(num_ranks):
-                self._admit(rank, self._take(rank, deadline, find_dead))
+                self._admit(rank, self._take(rank, deadline))
             specs = orders([self.nodes[rank] for rank in range(num_ranks)])
             for spec in specs:
                 self.brief(spec)
@@ -93,7 +93,9 @@ class LinkExecutor:
         """Close the links of ranks: they end by themselves."""
         for rank in ranks:
             assert rank not in self.members, "a member cannot be dropped"
-            self._expected.discard(rank)
+            if rank in self._expected:
+                self._expected.discard(rank)
+                self._listener.refuse(rank)
             self._forget(rank)
 
     def poll(self, timeout_s: float, wake: HasFileno | None = None) -> list[Event]:
@@ -135,14 +137,19 @@ class LinkExecutor:
         self._connections[rank], self.nodes[rank] = dialled
 
     def _arrivals(self) -> list[Event]:
-        came: list[Event] = []
+        arrived: list[Event] = []
+        dead = self._find_dead() if self._expected else {}
         for rank in sorted(self._expected):
             dialled = self._listener.take(rank, 0.0)
             if dialled is not None:
                 self._expected.discard(rank)
                 self._admit(rank, dialled)
-                came.append(Came(rank, dialled.node))
-        return came
+                arrived.append(Came(rank, dialled.node))
+            elif rank in dead:
+                self._expected.discard(rank)
+                self._listener.refuse(rank)
+                arrived.append(Lost(rank, f"{dead[rank]} before it could dial"))
+        return arrived
 
     def _send(self, rank: int, data: bytes) -> None:
         try:
@@ -152,14 +159,13 @@ class LinkExecutor:
         except KeyError:
             assert rank in self.spare, f"rank {rank} is not connected"
 
-    def _take(self, rank: int, deadline: float, find_dead: Callable[[], str | None]) -> Dialled:
+    def _take(self, rank: int, deadline: float) -> Dialled:
         while time.monotonic() < deadline:
             dialled = self._listener.take(rank, 0.2)
             if dialled is not None:
                 return dialled
-            dead = find_dead()
-            if dead is not None:
-                raise ReplicaLostError(dead)
+            for end in self._find_dead().values():
+                raise ReplicaLostError(f"{end} before it could dial")
         raise ReplicaLostError(f"rank {rank} did not dial in time; look at its log")
 
     def _await_ready(self, deadline: float) -> None:

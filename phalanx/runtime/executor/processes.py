@@ -102,11 +102,12 @@ class ProcessExecutor:
             statuses = ", ".join(f"rank {rank}: {status}" for rank, status in ended.items() if status is not None)
             raise ReplicaLostError(f"{error} (exit status: {statuses})" if statuses else str(error)) from error
 
-    def _find_dead(self) -> str | None:
-        for rank, process in self._processes.items():
-            if process.poll() is not None:
-                return f"rank {rank} (pid {process.pid}) exited with status {process.returncode} before it could dial"
-        return None
+    def _find_dead(self) -> dict[int, str]:
+        return {
+            rank: f"rank {rank} (pid {process.pid}) exited with status {process.returncode}"
+            for rank, process in self._processes.items()
+            if process.poll() is not None
+        }
 
     def _end(self, ranks: Sequence[int]) -> None:
         processes = [self._processes.pop(rank) for rank in ranks]

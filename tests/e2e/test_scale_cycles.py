@@ -1,0 +1,204 @@
+"""Data 2 -> 4 -> 3 -> 2 again and again under 16 streams, and a kill in every phase. About 40 s on two busy cores.
+
+No token changes, no request fails, nothing leaks, in the engine's process or in the ranks that stay.
+"""
+
+import functools
+import os
+import signal
+import statistics
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from phalanx import LLM
+from phalanx.errors import ConfigError, ReplicaLostError
+from phalanx.runtime.executor.processes import ProcessExecutor
+from phalanx.runtime.rank_experts import RankExperts
+from phalanx.runtime.scaling import ScaleOp
+from tests.support.engines import SHARING_CORES, forked_ranks
+from tests.support.oracle import Oracle
+from tests.support.traffic import Traffic, planner_of
+
+NUM_STREAMS = 16
+NUM_CYCLES = 10
+LIMITS: dict[str, Any] = {
+    "scheduler": {"max_batch_tokens": 64, "max_sequences": NUM_STREAMS, "max_model_len": 112},
+    "kv": {"num_blocks": 260, "block_size": 8},
+}
+TITLE = "2 -> 4 -> 3 -> 2 under 16 streams, milliseconds"
+COMMIT_S = 0.05
+"""A commit may cost so much above a step."""
+
+
+class Held(NamedTuple):
+    """What a process holds."""
+
+    descriptors: int
+    threads: int
+
+
+def held(pid: int) -> Held:
+    return Held(len(os.listdir(f"/proc/{pid}/fd")), len(os.listdir(f"/proc/{pid}/task")))
+
+
+def pids(llm: LLM) -> dict[int, int]:
+    assert isinstance(llm.engine.executor, ProcessExecutor)
+    return llm.engine.executor.pids
+
+
+def scale(llm: LLM, traffic: Traffic, op_id: str, target: int) -> tuple[ScaleOp, float]:
+    """Carry an operation out under load; returns it and the time between the tokens before and after its commit."""
+    op, mesh = llm.engine.scale(op_id, target, time.monotonic()), llm.engine.mesh
+    generation = mesh.generation
+    traffic.until(lambda: op.is_over)
+    if op.phase != "DONE":
+        return op, 0.0
+    assert mesh.generation > generation
+    before, seen = traffic.times[-1], len(traffic.times)
+    traffic.until(lambda: len(traffic.times) > seen)
+    return op, traffic.times[seen] - before
+
+
+@pytest.mark.multi
+def test_cycles(moe_oracle: Oracle, record_property: Callable[[str, object], None]) -> None:
+    moe = {"dispatch": "flat", "redundant_experts": 2}
+    with forked_ranks(), LLM(str(moe_oracle.path), data=2, moe=moe, **SHARING_CORES, **LIMITS) as llm:
+        traffic = Traffic(llm.engine, moe_oracle, NUM_STREAMS)
+        pauses: list[float] = []
+        states: list[tuple[Held, ...]] = []
+        for cycle in range(NUM_CYCLES):
+            for target in (4, 3, 2):
+                traffic.turns(6)
+                op, pause = scale(llm, traffic, f"{cycle}-{target}", target)
+                assert op.phase == "DONE", op.detail
+                pauses.append(pause)
+                assert len(llm.engine.mesh.units) == len(pids(llm)) == target
+                planner_of(llm.engine).check()
+                llm.engine.scheduler.check()
+            ours = Held(held(os.getpid()).descriptors, threading.active_count())
+            states.append((ours, held(pids(llm)[0]), held(pids(llm)[1])))
+        traffic.finish()
+        assert traffic.num_done >= NUM_STREAMS
+        assert llm.engine.mesh.units == (0, 1)
+    median = statistics.median(traffic.gaps)
+    for name, value in {
+        "median step": median,
+        "median commit": statistics.median(pauses),
+        "worst commit": max(pauses),
+        "worst gap": max(traffic.gaps),
+    }.items():
+        record_property("table", (TITLE, f"{NUM_CYCLES} cycles", name, f"{1000 * value:.0f}"))
+    first, last = states[1], states[-1]
+    record_property("table", (TITLE, "held after cycle 2 and at the end", "engine, rank 0, rank 1", f"{first} {last}"))
+    for before, after in zip(first, last, strict=True):
+        assert after.descriptors <= before.descriptors + 2, "no descriptor per generation"
+        assert after.threads <= before.threads + 1, "no thread per generation"
+    assert statistics.median(pauses) < median + COMMIT_S
+
+
+def die(rank: int, victim: int, phase: str) -> None:
+    """A hook: one rank dies in a phase of its first operation."""
+    if rank != victim:
+        return
+    attach, prepare, enter = RankExperts.attach, RankExperts._prepare, RankExperts.enter
+
+    def end() -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def loading(self: RankExperts, experts: Any) -> None:
+        end()
+        attach(self, experts)
+
+    def building(self: RankExperts, order: Any) -> None:
+        end()
+        prepare(self, order)
+
+    def built(self: RankExperts, order: Any) -> None:
+        prepare(self, order)
+        end()
+
+    def entering(self: RankExperts, order: Any) -> int:
+        end()
+        return enter(self, order)
+
+    name = {"loading": "attach", "building": "_prepare", "built": "_prepare", "entering": "enter"}[phase]
+    changed = {"loading": loading, "building": building, "built": built, "entering": entering}
+    setattr(RankExperts, name, changed[phase])
+
+
+@pytest.mark.multi
+@pytest.mark.parametrize(
+    ("victim", "phase", "units"),
+    [
+        (2, "loading", (0, 1)),
+        (2, "building", (0, 1)),
+        (2, "built", (0, 1)),
+        (2, "entering", (0, 1)),
+        (0, "building", (1,)),
+        (0, "built", (1,)),
+        (0, "entering", (1, 2)),
+    ],
+)
+def test_a_kill_in_every_phase(moe_oracle: Oracle, victim: int, phase: str, units: tuple[int, ...]) -> None:
+    """Growing from 2 to 3 with every expert twice: the end is the old size, or the new one, less what died."""
+    moe = {"dispatch": "flat", "redundant_experts": 6, "on_rank_loss": "shrink"}
+    hook = functools.partial(die, victim=victim, phase=phase)
+    with forked_ranks(hook=hook), LLM(str(moe_oracle.path), data=2, moe=moe, **SHARING_CORES, **LIMITS) as llm:
+        traffic, mesh = Traffic(llm.engine, moe_oracle, NUM_STREAMS), llm.engine.mesh
+        traffic.turns(10)
+        op, _ = scale(llm, traffic, "op", 3)
+        traffic.until(lambda: mesh.units == units and not mesh.holds)
+        assert op.phase == ("DONE" if phase == "entering" else "ABORTED") or victim in (0, 2)
+        traffic.turns(10)
+        traffic.finish()
+        assert set(pids(llm)) == set(units)
+        assert sorted(llm.engine.executor.members) == sorted(units)
+
+
+@pytest.mark.multi
+def test_undone_and_tried_again(moe_oracle: Oracle) -> None:
+    """By hand, at several moments; a second operation is refused while one runs; the third one works."""
+    moe = {"dispatch": "flat", "redundant_experts": 2}
+    with forked_ranks(), LLM(str(moe_oracle.path), data=2, moe=moe, **SHARING_CORES, **LIMITS) as llm:
+        traffic, mesh = Traffic(llm.engine, moe_oracle, NUM_STREAMS), llm.engine.mesh
+        for turns in (0, 3, 12):
+            op = llm.engine.scale(f"try-{turns}", 4, time.monotonic())
+            traffic.turns(turns)
+            with pytest.raises(ConfigError, match=f"scale operation 'try-{turns}' is running"):
+                llm.engine.scale("other", 3, time.monotonic())
+            llm.engine.abort_scale(op.goal.op_id, "changed my mind", time.monotonic())
+            assert (op.phase, op.detail) == ("ABORTED", "changed my mind")
+            traffic.turns(5)
+            assert set(pids(llm)) == {0, 1}
+        op, _ = scale(llm, traffic, "works", 4)
+        assert op.phase == "DONE"
+        assert mesh.units == (0, 1, 8, 9)
+        traffic.turns(10)
+        traffic.finish()
+
+
+@pytest.mark.multi
+def test_a_member_lost_without_shrink_ends_it(moe_oracle: Oracle) -> None:
+    hook = functools.partial(die, victim=0, phase="building")
+    moe = {"dispatch": "flat", "redundant_experts": 6}
+    with forked_ranks(hook=hook), LLM(str(moe_oracle.path), data=2, moe=moe, **SHARING_CORES, **LIMITS) as llm:
+        with pytest.raises(ReplicaLostError, match="rank 0"):
+            llm.scale(3)
+
+
+@pytest.mark.multi
+def test_idle_and_through_the_public_method(moe_oracle: Oracle, tmp_path: Path) -> None:
+    moe = {"dispatch": "flat", "redundant_experts": 2}
+    with forked_ranks(), LLM(str(moe_oracle.path), data=3, moe=moe, **SHARING_CORES, **LIMITS) as llm:
+        with pytest.raises(ConfigError, match=r"data 1: 1 ranks of 3 expert slots hold 3 of 6 experts; use 2 or more"):
+            llm.scale(1)
+        for data in (2, 3):
+            llm.scale(data)
+            traffic = Traffic(llm.engine, moe_oracle, NUM_STREAMS)
+            traffic.turns(3)
+            traffic.finish()
