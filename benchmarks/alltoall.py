@@ -25,9 +25,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.dispatch_ranks import HIDDEN, KINDS, WARM_UP, Case, Setting, emulated_bytes, on_ranks
+from benchmarks.dispatch_ranks import KINDS, WARM_UP, Case, Setting, emulated_bytes, on_ranks
 from benchmarks.offline import cpu_name
-from phalanx.parallel.costmodel import ExpertTraffic, costs_from
+from phalanx.parallel.costmodel import costs_from
 from phalanx.runtime.dispatch_policy import SWITCH_STEPS, DispatchPolicy
 from tests.netlab.emulator import LinkSpec
 from tests.netlab.lab import Lab, why_not
@@ -44,7 +44,7 @@ COMPARED = (
 )
 GRID_TOKENS = (1, 8, 64, 256)
 GRID = (Setting(2, 4, SLOW), Setting(4, 2, SLOW), Setting(4, 2, PER_PACKET), Setting(2, 4, FAST))
-HELD_OUT_TOKENS = (2, 16, 128)
+HELD_OUT_TOKENS = (2, 12, 96)
 HELD_OUT = (
     Setting(2, 2, LinkSpec(rate=12.5e6, delay_s=3e-3), num_experts=16, top_k=2),
     Setting(3, 2, LinkSpec(rate=50e6, delay_s=0.5e-3), num_experts=48, top_k=6),
@@ -79,7 +79,7 @@ def choose(setting: Setting, sizes: tuple[int, ...], rounds: int) -> list[Row]:
     cases = [Case(kind, tokens) for tokens in sizes for kind in KINDS]
     with Lab(setting.num_nodes, link=setting.link) as lab:
         seconds, _, _, fabric = on_ranks(lab, setting, cases, WARM_UP + rounds, calibrated=True)
-    costs = costs_from(fabric, ExpertTraffic.of(HIDDEN, 4, setting.num_experts, setting.top_k, exact=False))
+    costs = costs_from(fabric, setting.traffic)
     measured = {(case.tokens, case.kind): 1e3 * s for case, s in zip(cases, seconds, strict=True)}
     print(f"\n{setting}; measured ms (modelled)")
     print(f"{'tokens':>6}{''.join(f'{kind:>18}' for kind in KINDS)}{'auto':>12}{'behind best':>13}")

@@ -20,6 +20,7 @@ from torch.distributed import TCPStore
 from phalanx import plugins
 from phalanx.moe.dispatch.dispatcher import DispatchConfig, Dispatched, Dispatcher
 from phalanx.parallel import calibration, membership
+from phalanx.parallel.costmodel import ExpertTraffic
 from phalanx.parallel.topology import EpTopology
 from phalanx.parallel.traffic import CountingTransport, Traffic
 from phalanx.parallel.transport import AllToAll, Exchange, Transport, run
@@ -52,6 +53,11 @@ class Setting:
     def topology(self) -> EpTopology:
         """Of the expert group, which is all ranks."""
         return EpTopology.uniform(self.num_nodes, self.ranks_per_node)
+
+    @property
+    def traffic(self) -> ExpertTraffic:
+        """Of the layer, with rows of `HIDDEN` floats."""
+        return ExpertTraffic.of(HIDDEN, 4, self.num_experts, self.top_k, exact=False)
 
     def __str__(self) -> str:
         parts = [f"{self.num_nodes} x {self.ranks_per_node} ranks"]
@@ -142,7 +148,7 @@ def measure(
         timeout_s=60,
         interface=DEVICE,
     )
-    fabric = calibration.measure(group.transport) if calibrated else []
+    fabric = calibration.measure(group.transport, setting.traffic) if calibrated else []
     traffic = Traffic(setting.topology)
     counting = CountingTransport(group.transport, traffic)
     sides = [Rank(setting, case, rank, counting) for case in cases]

@@ -96,11 +96,15 @@ class Replica:
                 return None
             if not ray.wait([self._engine_run], timeout=LAST_WORDS_S)[0]:
                 raise ReplicaLostError(ended.outcome)
-        try:
-            return str(ray.get(self._engine_run, timeout=0))
-        except RayError as error:
-            who = "the engine: " if isinstance(error, RayActorError) else ""
-            raise ReplicaLostError(who + describe(error)) from error
+        return self._engine_end()
+
+    def last_words(self) -> str | None:
+        """The reason of an orderly end, of an engine that ends by itself within `LAST_WORDS_S`; None = it does not.
+
+        Raises:
+            ReplicaLostError: the engine failed, with the first failure.
+        """
+        return self._engine_end() if ray.wait([self._engine_run], timeout=LAST_WORDS_S)[0] else None
 
     def grow(self, op_id: str, units: Sequence[Sequence[int]], now: float) -> None:
         """Start further ranks, one sequence per dp rank; `failures` says if they cannot come."""
@@ -127,6 +131,13 @@ class Replica:
             remove_placement_group(self._group)
             self._group = None
         self._engine = None
+
+    def _engine_end(self) -> str:
+        try:
+            return str(ray.get(self._engine_run, timeout=0))
+        except RayError as error:
+            who = "the engine: " if isinstance(error, RayActorError) else ""
+            raise ReplicaLostError(who + describe(error)) from error
 
     def _orders(self) -> EngineOrders:
         return EngineOrders(

@@ -17,9 +17,9 @@ from ray.exceptions import RayError
 from phalanx.deploy.controller_process import ControllerProcess
 from phalanx.deploy.plan import DeploymentPlan
 from phalanx.deploy.ray_groups import describe
-from phalanx.deploy.replica import LAST_WORDS_S, Replica
+from phalanx.deploy.replica import Replica
 from phalanx.deploy.server.supervise import EndRanks, Order, Reclaim, StartRanks
-from phalanx.errors import PhalanxError, ReplicaLostError
+from phalanx.errors import ConfigError, PhalanxError, ReplicaLostError
 
 MAX_FAILED_STARTS = 3
 """Failed starts in a row of a replica that has served: then the deployment ends, unless another replica serves."""
@@ -128,11 +128,13 @@ class Supervisor:
 
     def _keep(self, number: int, controller: ControllerProcess) -> None:
         """Keep one replica alive, one incarnation after the other."""
-        incarnation, failed_starts, ever_served = 0, 0, False
+        incarnation, failed_starts, ever_served, is_crowded = 0, 0, False, False
         while not self._stopping.is_set() and self._fatal is None:
             incarnation += 1
             started = time.monotonic()
             size = controller.replica_starting(number, incarnation, self._stopping)
+            if is_crowded:  # what it had been scaled to does not fit any more: nodes have left
+                size = None
             attempt = _Attempt(Replica(self._plan, number, incarnation, controller.engines, size))
             error = ""
             try:
@@ -140,7 +142,7 @@ class Supervisor:
                 attempt.placed = time.monotonic()
                 self._serve(attempt, controller)
             except PhalanxError as failure:
-                error = str(failure)
+                error, is_crowded = str(failure), isinstance(failure, ConfigError)
                 ever_served = ever_served or attempt.has_served
                 failed_starts = 0 if attempt.has_served else failed_starts + 1
                 if self._stopping.is_set():
@@ -193,7 +195,7 @@ class Supervisor:
         # Of a replica that failed the controller hears before Ray does, and the engine's own words say more.
         if cause == "lease":
             raise ReplicaLostError("its lease ran out: the engine is frozen or its node is")
-        self._ended(replica.wait(LAST_WORDS_S) or f"it does not end by itself ({cause})")
+        self._ended(replica.last_words() or f"it does not end by itself ({cause})")
 
     def _ended(self, reason: str) -> None:
         """An engine that returns is as lost as one that raises, unless everything ends."""

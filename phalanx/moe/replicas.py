@@ -57,6 +57,7 @@ class ReplicaTables:
         self.num_nodes = topology.num_nodes
         self.node_of = topology.node_of
         self._node_of_slot = torch.tensor(topology.node_of).repeat_interleave(slots_per_rank)
+        self._salts = _salts(b"expert", layer.num_experts + 1), _salts(b"node", self.num_nodes)
         self.tensors = _Tables(*(table.to(device) for table in self._build(layer)))
 
     @classmethod
@@ -75,7 +76,7 @@ class ReplicaTables:
             table.copy_(new)
 
     def _build(self, layer: LayerPlacement) -> _Tables:
-        expert_of_slot = torch.tensor(layer.physical_to_logical)
+        expert_of_slot = torch.tensor(layer.slots)
         order = torch.argsort(expert_of_slot * self.num_nodes + self._node_of_slot, stable=True)
         one = torch.ones((), dtype=torch.int32)
         count_EN = torch.zeros(layer.num_experts + 1, self.num_nodes, dtype=torch.int32)
@@ -90,8 +91,8 @@ class ReplicaTables:
             total=total.clamp(min=1),
             count_EN=count_EN,
             alone_EN=(count_EN > 0) & (total == 1)[:, None],
-            salt=_salts(b"expert", layer.num_experts + 1),
-            node_salt=_salts(b"node", self.num_nodes),
+            salt=self._salts[0],
+            node_salt=self._salts[1],
         )
 
 

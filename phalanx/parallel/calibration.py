@@ -6,12 +6,14 @@ from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
+from torch import Tensor
 
-from phalanx.parallel.costmodel import Sample, calibrate, fabric_of
+from phalanx.parallel.cost_fit import LayerSample, Sample, calibrate, curves_of
+from phalanx.parallel.costmodel import KINDS, ExpertTraffic, Kind, expected_hits, fabric_of
 from phalanx.parallel.topology import EpTopology
-from phalanx.parallel.transport import AllGather, AllToAll, Hop, Transport, peers
+from phalanx.parallel.transport import AllGather, AllToAll, Counts, Exchange, Hop, ReduceScatter, Transport, peers, run
 
-SIZES = (256, 4096, 32768, 131072, 524288)
+SIZES = (256, 8192, 65536, 524288)
 """Bytes per message."""
 
 MOST_BYTES = 2 << 20
@@ -31,6 +33,8 @@ PACK_OPERATIONS = 16
 """Operations on masks and indices that stand for finding out which rows go where."""
 
 PACK_ROWS, PACK_BYTES = (1, 32, 1024), 2048
+LAYER_TOKENS = (1, 4, 16, 48, 144)
+"""Per rank, of whole layers."""
 
 
 class Case(NamedTuple):
@@ -42,36 +46,111 @@ class Case(NamedTuple):
     size: int
 
 
-def measure(transport: Transport, device: torch.device | None = None) -> list[float]:
-    """Time exchanges of five sizes between nodes and inside them; all ranks of the group call it together.
+def measure(transport: Transport, traffic: ExpertTraffic, device: torch.device | None = None) -> list[float]:
+    """Time exchanges between nodes and inside them, then whole layers; all ranks of the group call it together.
 
     Args:
         transport: of the expert group, which does nothing else meanwhile.
+        traffic: of the layers that will be predicted.
         device: of the rows; None = CPU.
 
     Returns:
-        The fields of a `LogGP`, equal on every rank: `costs_from` takes them.
+        Constants and curves as a list, equal on every rank: `costs_from` takes it.
 
     Raises:
         ConfigError: the group has one rank.
         ReplicaLostError: a rank is gone.
 
-    Cost: about 200 exchanges; 0.1 s inside a host, 3 s between nodes at 200 Mbit/s.
+    Cost: about 500 exchanges; TIME
     """
-    return fabric_of(calibrate(collect(transport, torch.device("cpu") if device is None else device)))
+    clock = _Clock(transport, torch.device("cpu") if device is None else device)
+    constants = calibrate(time_exchanges(clock))
+    return fabric_of(constants, curves_of(constants, time_layers(clock, traffic)))
 
 
-def collect(transport: Transport, device: torch.device) -> list[Sample]:
-    """The samples behind `measure`, equal on every rank: each the median over repetitions of the slowest rank."""
-    clock = _Clock(transport, device)
+def time_exchanges(clock: "_Clock") -> list[Sample]:
+    """Exchanges one by one, equal on every rank."""
     samples = []
-    for cases in _cases(transport.topology):
+    for cases in _cases(clock.transport.topology):
         for case in cases:
             seconds = _time_exchange(clock, case)
             samples.append(Sample(case.tier, case.num_messages, case.num_messages * case.size, seconds))
             if seconds > LONG_S:
                 break
     return [*samples, *(Sample("pack", 1, rows * PACK_BYTES, _time_packing(clock, rows)) for rows in PACK_ROWS)]
+
+
+def time_layers(clock: "_Clock", traffic: ExpertTraffic) -> list[LayerSample]:
+    """The exchanges of a layer of each kind, evenly routed, equal on every rank."""
+    transport = clock.transport
+    samples = []
+    for num_tokens in LAYER_TOKENS:
+        for kind in KINDS:
+            layer = _Layer(kind, transport, num_tokens, traffic, clock.device)
+            clock.seconds(layer.run)
+            seconds = statistics.median(clock.seconds(layer.run) for _ in range(REPETITIONS))
+            samples.append(LayerSample(kind, transport.topology, num_tokens, traffic, seconds))
+        if samples[-1].seconds > LONG_S:
+            break
+    return samples
+
+
+class _Layer:
+    """What a dispatcher exchanges, with made-up rows of the expected sizes."""
+
+    def __init__(
+        self, kind: Kind, transport: Transport, num_tokens: int, traffic: ExpertTraffic, device: torch.device
+    ) -> None:
+        self._kind, self._transport = kind, transport
+        self._topology, self._rank = transport.topology, transport.rank
+        self._num_tokens, self._traffic, self._device = num_tokens, traffic, device
+
+    def run(self) -> None:
+        """Dispatch and combine once."""
+        run(self._exchange(), self._transport)
+
+    def _exchange(self) -> Exchange[None]:
+        match self._kind:
+            case "flat":
+                yield self._counts("flat")
+                yield self._all_to_all("flat", self._topology.num_ranks, self._traffic.row_bytes)
+                yield self._all_to_all("flat", self._topology.num_ranks, self._traffic.return_bytes)
+            case "two_hop":
+                yield self._counts("rail")
+                yield self._counts("node")
+                yield self._all_to_all("rail", self._topology.num_nodes, self._traffic.row_bytes)
+                yield self._all_to_all("node", self._topology.num_ranks, self._traffic.row_bytes)
+                yield self._all_to_all("node", self._topology.num_ranks, self._traffic.return_bytes)
+                yield self._all_to_all("rail", self._topology.num_nodes, self._traffic.return_bytes)
+            case "allgather":
+                hops: tuple[Hop, ...] = ("rail", "node") if self._topology.is_uniform else ("flat",)
+                rows = self._rows(self._num_tokens, self._traffic.row_bytes)
+                for hop in hops:
+                    rows = yield AllGather(hop, rows)
+                sums = torch.ones(len(rows), self._traffic.reduce_bytes // 4, device=self._device)
+                for hop in reversed(hops):
+                    sums = yield ReduceScatter(hop, sums)
+
+    def _counts(self, hop: Hop) -> Counts:
+        num_peers = len(peers(self._topology, self._rank, hop))
+        return Counts(hop, torch.ones(num_peers, 1, dtype=torch.int32, device=self._device))
+
+    def _all_to_all(self, hop: Hop, num_groups: int, row_bytes: int) -> AllToAll:
+        """Every token's row to each of the groups of experts that it hits."""
+        topology, rank = self._topology, self._rank
+        members, node_of = peers(topology, rank, hop), topology.node_of
+        # The rail of ragged nodes is the whole group, but rows go to forwarders alone.
+        send = tuple(int(hop != "rail" or topology.forwarder(rank, node_of[peer]) == peer) for peer in members)
+        receive = tuple(int(hop != "rail" or topology.forwarder(peer, node_of[rank]) == rank) for peer in members)
+        hits = expected_hits(num_groups, self._traffic.num_experts, self._traffic.top_k)
+        rows = self._rows(sum(send), max(1, int(self._num_tokens * hits * row_bytes) // sum(send)))
+        order = torch.arange(len(rows), device=self._device)
+        find_places(order)
+        return AllToAll(hop, rows.index_select(0, order), send, receive)
+
+    def _rows(self, num_rows: int, num_bytes: int) -> Tensor:
+        # Not zeros: memory that nobody has written is one page of the kernel, always in the cache.
+        return torch.ones(num_rows, num_bytes, dtype=torch.uint8, device=self._device)
 
 
 class _Clock:
@@ -82,15 +161,17 @@ class _Clock:
         self._last = 0.0
 
     def median(self, action: Callable[[], object]) -> float:
-        """Seconds of the slowest rank, the median over repetitions."""
-        return statistics.median(self.slowest(action) for _ in range(REPETITIONS))
+        """Seconds of one in a chain, the median over repetitions; the first time, connections and caches warm up."""
+        length = CHAIN if self.seconds(action) < LONG_S / CHAIN else 1
+        return statistics.median(self.seconds(action, length) for _ in range(REPETITIONS)) / length
 
-    def slowest(self, action: Callable[[], object]) -> float:
-        """Seconds of the slowest rank."""
+    def seconds(self, action: Callable[[], object], times: int = 1) -> float:
+        """Of the slowest rank."""
         time.sleep(min(REST_S, 5 * self._last))
         self._synchronize()
         begin = time.perf_counter()
-        action()
+        for _ in range(times):
+            action()
         self._synchronize()
         mine = torch.tensor([[time.perf_counter() - begin]], dtype=torch.float64, device=self.device)
         # This is also where all meet before the next begins.
@@ -128,12 +209,7 @@ def _time_exchange(clock: _Clock, case: Case) -> float:
     rows = torch.ones(sum(send), case.size, dtype=torch.uint8, device=clock.device)
     request = AllToAll(case.hop, rows, send, receive)
 
-    def chain(length: int) -> None:
-        for _ in range(length):
-            transport.start(request).wait()
-
-    length = CHAIN if clock.slowest(lambda: chain(1)) < LONG_S / CHAIN else 1
-    return clock.median(lambda: chain(length)) / length
+    return clock.median(lambda: transport.start(request).wait())
 
 
 def _time_packing(clock: _Clock, num_rows: int) -> float:
@@ -141,12 +217,16 @@ def _time_packing(clock: _Clock, num_rows: int) -> float:
     order = torch.arange(num_rows - 1, -1, -1, device=clock.device)
 
     def pack() -> None:
-        for _ in range(PACK_OPERATIONS):
-            order[:1].cumsum(0)
+        find_places(order)
         rows.index_select(0, order)
 
-    clock.slowest(pack)
     return clock.median(pack)
+
+
+def find_places(order: Tensor) -> None:
+    """As much work as a dispatcher has with masks and indices, beside the rows."""
+    for _ in range(PACK_OPERATIONS):
+        order[:1].cumsum(0)
 
 
 def _targets(topology: EpTopology, members: tuple[int, ...], rank: int, case: Case) -> list[int]:

@@ -8,16 +8,17 @@ o is paid per message and never overlapped, L once per hop because all peers are
 between nodes, _i inside one, _p what a rank does to the rows it sends: pack = t_p + bytes beta_p. Bytes follow from the
 expected number of ranks and nodes that a token's experts lie on.
 
+Exchanges in a row wait for the slowest rank of the one before, which no constant of single exchanges shows. So whole
+layers of each kind are timed, too, and a prediction is read off the curve through (modelled, measured) seconds of its
+kind. `phalanx/parallel/calibration.py` measures, `phalanx/parallel/cost_fit.py` finds constants and curves.
+
 Source: LogGP (Alexandrov et al. 1995) with o as the occupancy of the sender; the rest is ours.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from bisect import bisect
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass, fields
-from itertools import combinations
 from typing import Literal, NamedTuple
-
-import numpy as np
-from numpy.typing import NDArray
 
 from phalanx.errors import ConfigError
 from phalanx.parallel.topology import EpTopology
@@ -27,22 +28,6 @@ Phase = Literal["counts", "dispatch", "combine"]
 KINDS: tuple[Kind, ...] = ("flat", "two_hop", "allgather")
 PHASES: tuple[Phase, ...] = ("counts", "dispatch", "combine")
 COUNT_BYTES = 4
-
-
-class Sample(NamedTuple):
-    """One timed exchange, as the slowest rank saw it.
-
-    Attributes:
-        tier: between nodes, inside one, or "pack": rows gathered into a send buffer, no exchange.
-        num_messages: that each rank sent.
-        num_bytes: that each rank sent or gathered, all messages together.
-        seconds: from its begin to the last arrival.
-    """
-
-    tier: Literal["inter", "intra", "pack"]
-    num_messages: int
-    num_bytes: int
-    seconds: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,20 +122,42 @@ class LogGP:
         if kind == "allgather" and phase == "counts":
             return 0.0
         num_nodes, num_local = topology.num_nodes, topology.num_ranks / topology.num_nodes
-        volume = _volume(kind, phase, num_nodes, num_local, num_tokens, traffic)
+        inter, intra, packed = _volume(kind, phase, num_nodes, num_local, num_tokens, traffic)
         packs = 0 if phase == "counts" else {"flat": 1, "two_hop": 2, "allgather": 0}[kind]
-        packing = packs * self.t_p + volume.packed * self.beta_p
+        seconds = packs * self.t_p + packed * self.beta_p
         if kind == "flat":
-            seconds = self.o_x * (num_nodes - 1) * num_local + self.o_i * (num_local - 1)
+            seconds += self.o_x * (num_nodes - 1) * num_local + self.o_i * (num_local - 1)
             seconds += self.L_x if num_nodes > 1 else self.L_i
-            return seconds + max(volume.inter * self.beta_x * skew, volume.intra * self.beta_i) + packing
-        seconds = packing
+            return seconds + max(inter * self.beta_x * skew, intra * self.beta_i)
         if num_nodes > 1:
             seconds += self.o_x * (num_nodes - 1) + self.L_x
-            seconds += volume.inter * self.beta_x * (rail_skew if kind == "two_hop" else 1.0)
+            seconds += inter * self.beta_x * (rail_skew if kind == "two_hop" else 1.0)
         if num_local > 1:
-            seconds += self.o_i * (num_local - 1) + self.L_i + volume.intra * self.beta_i
+            seconds += self.o_i * (num_local - 1) + self.L_i + intra * self.beta_i
         return seconds
+
+
+class Layer(NamedTuple):
+    """Modelled and measured seconds of one layer; a curve is some of them by rising modelled seconds."""
+
+    modelled: float
+    measured: float
+
+
+Curves = Mapping[Kind, Sequence[Layer]]
+
+
+def on_curve(seconds: float, curve: Sequence[Layer]) -> float:
+    """What modelled seconds come to in fact: between two layers in a straight line, outside in proportion."""
+    if not curve:
+        return seconds
+    above = bisect(curve, seconds, key=lambda layer: layer.modelled)
+    if above in (0, len(curve)):
+        nearest = curve[max(0, above - 1)]
+        return seconds * nearest.measured / nearest.modelled
+    low, high = curve[above - 1], curve[above]
+    part = (seconds - low.modelled) / (high.modelled - low.modelled)
+    return low.measured + part * (high.measured - low.measured)
 
 
 def choose(
@@ -174,22 +181,33 @@ def costs_from(fabric: Sequence[float], traffic: ExpertTraffic) -> Callable[[int
     """(tokens per rank, topology) -> seconds of a layer's exchanges per kind.
 
     Args:
-        fabric: fields of a `LogGP` in order, as `calibration.measure` returns them.
+        fabric: as `fabric_of` and so `calibration.measure` return it.
         traffic: of the model's layers.
 
     Raises:
-        ConfigError: not the fields of a `LogGP`.
+        ConfigError: no such list.
     """
     names = [each.name for each in fields(LogGP)]
-    if len(fabric) != len(names):
-        raise ConfigError(f"{len(fabric)} network constants, not the {len(names)} {', '.join(names)}")
-    constants = LogGP(**dict(zip(names, fabric, strict=True)))
-    return lambda num_tokens, topology: {kind: constants.predict(kind, topology, num_tokens, traffic) for kind in KINDS}
+    num_layers, rest = divmod(len(fabric) - len(names), 2 * len(KINDS))
+    if num_layers < 0 or rest:
+        raise ConfigError(
+            f"{len(fabric)} network constants, not the {len(names)} {', '.join(names)} and {2 * len(KINDS)} per layer; "
+            "take the list from calibration.measure"
+        )
+    constants = LogGP(**dict(zip(names, fabric[: len(names)], strict=True)))
+    pairs = [Layer(*fabric[at : at + 2]) for at in range(len(names), len(fabric), 2)]
+    curves = {kind: pairs[at * num_layers : (at + 1) * num_layers] for at, kind in enumerate(KINDS)}
+
+    def costs(num_tokens: int, topology: EpTopology) -> dict[str, float]:
+        return {kind: on_curve(constants.predict(kind, topology, num_tokens, traffic), curves[kind]) for kind in KINDS}
+
+    return costs
 
 
-def fabric_of(constants: LogGP) -> list[float]:
-    """The constants as a list for the wire; the inverse is in `costs_from`."""
-    return list(astuple(constants))
+def fabric_of(constants: LogGP, curves: Curves | None = None) -> list[float]:
+    """Constants and curves, which are equally long, as a list for the wire; the inverse is in `costs_from`."""
+    layers = [value for kind in KINDS for layer in curves[kind] for value in layer] if curves else []
+    return [*astuple(constants), *layers]
 
 
 def expected_hits(num_groups: float, num_experts: int, top_k: int) -> float:
@@ -202,35 +220,6 @@ def expected_hits(num_groups: float, num_experts: int, top_k: int) -> float:
     for drawn in range(top_k):
         missed *= max(0.0, num_experts - group - drawn) / (num_experts - drawn)
     return num_groups * (1.0 - missed)
-
-
-def calibrate(samples: Iterable[Sample]) -> LogGP:
-    """Constants from timed exchanges, by least squares of the relative error, none of them negative.
-
-    A tier without samples (one node, or nodes of one rank) gets the constants of the other one; without "pack" samples
-    packing is free. Where all samples of a tier have the same number of messages, o and L cannot be told apart: then
-    it is L.
-
-    Raises:
-        ConfigError: nothing was timed between ranks.
-    """
-    samples = list(samples)
-    tiers = {tier: [sample for sample in samples if sample.tier == tier] for tier in ("inter", "intra")}
-    if not any(tiers.values()):
-        raise ConfigError("no exchange between ranks was timed; calibrate in a group of at least two")
-    inter, intra = (_fit(tiers[tier] or tiers[other]) for tier, other in (("inter", "intra"), ("intra", "inter")))
-    packs = [sample for sample in samples if sample.tier == "pack"]
-    _, t_p, beta_p = _fit(packs) if packs else (0.0, 0.0, 0.0)
-    return LogGP(
-        o_x=inter[0],
-        L_x=inter[1],
-        beta_x=inter[2],
-        o_i=intra[0],
-        L_i=intra[1],
-        beta_i=intra[2],
-        t_p=t_p,
-        beta_p=beta_p,
-    )
 
 
 def _volume(
@@ -254,28 +243,3 @@ def _volume(
     if kind == "flat":
         return Volume(to_ranks * other_nodes, to_ranks * (num_local - 1) / num_ranks, to_ranks)
     return Volume(to_nodes * other_nodes, to_ranks * other_ranks, to_nodes + to_ranks)
-
-
-def _fit(samples: Sequence[Sample]) -> tuple[float, float, float]:
-    """(o, L, beta) of a tier: the best of all subsets of columns whose solution is nowhere negative."""
-    measured = np.array([sample.seconds for sample in samples])
-    columns = np.array([[sample.num_messages, 1.0, sample.num_bytes] for sample in samples])
-    relative = columns / measured[:, None]
-    if len({sample.num_messages for sample in samples}) == 1:
-        relative[:, 0] = 0.0
-    best, least = np.zeros(3), float("inf")
-    for size in (1, 2, 3):
-        for chosen in map(list, combinations(range(3), size)):
-            solution = _solve(relative, chosen)
-            error = float(((relative @ solution - 1.0) ** 2).sum())
-            if (solution >= 0).all() and error < least:
-                best, least = solution, error
-    return float(best[0]), float(best[1]), float(best[2])
-
-
-def _solve(relative: NDArray[np.float64], chosen: list[int]) -> NDArray[np.float64]:
-    solution = np.zeros(3)
-    scale = np.abs(relative[:, chosen]).max(axis=0)
-    scale[scale == 0] = 1.0
-    solution[chosen] = np.linalg.lstsq(relative[:, chosen] / scale, np.ones(len(relative)), rcond=None)[0] / scale
-    return solution

@@ -7,6 +7,7 @@ from typing import Literal
 from phalanx.errors import ConfigError
 from phalanx.models.spec import DecoderConfig
 from phalanx.moe.spec import CapacitySpec, MoeSpec
+from phalanx.parallel.costmodel import ExpertTraffic
 from phalanx.parallel.mesh import MeshShape
 
 DISPATCHERS = ("auto", "local", "allgather", "flat", "two_hop")
@@ -56,6 +57,12 @@ class ExpertConfig:
 def moe_specs(model: DecoderConfig) -> list[MoeSpec]:
     """Of the model's MoE layers, in order."""
     return [layer.mlp for layer in model.layers if isinstance(layer.mlp, MoeSpec)]
+
+
+def expert_traffic(model: DecoderConfig, itemsize: int, *, exact: bool) -> ExpertTraffic:
+    """What the first MoE layer's tokens make travel; the others are alike."""
+    router = moe_specs(model)[0].router
+    return ExpertTraffic.of(model.hidden_size, itemsize, router.num_experts, router.top_k, exact=exact)
 
 
 def slots_per_rank(model: DecoderConfig, group_size: int, redundant_experts: int) -> int:

@@ -85,6 +85,10 @@ class ExpertPlanner:
         """Some layer has not reached its target."""
         return any(layer.pending or layer.active for layer in self._layers)
 
+    def is_still(self, layer: int) -> bool:
+        """A layer is where it should be."""
+        return not self._layers[layer].pending and self._layers[layer].active is None
+
     def step(self, tokens: Sequence[int]) -> ExpertStep:
         """The next step's part; `tokens` of each dp rank. Its flips and moves count as done by the ranks."""
         self.num_steps += 1

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
-from phalanx.errors import InvalidRequestError, ReplicaLostError, StepError
+from phalanx.errors import ConfigError, InvalidRequestError, ReplicaLostError, StepError
 from phalanx.models.loading import read_config, resolve_path
 from phalanx.parallel import rendezvous
 from phalanx.parallel.mesh import MeshShape
@@ -21,6 +21,9 @@ from phalanx.runtime.output import ChoiceOutput, choice_outputs
 from phalanx.runtime.sampling_params import SamplingParams
 from phalanx.runtime.tokenizer import Tokenizer, encode_prompt
 from phalanx.runtime.validate import RequestLimits, draw_seed, validate_request
+
+MAX_DATA = 1024
+"""As `parallel.data` of a cluster file."""
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 
@@ -165,8 +168,7 @@ class LLM:
             StepError: the model gave no number for one of the prompts; the others' answers are lost with it.
             ReplicaLostError: a rank died, now or before, or this LLM was closed.
         """
-        if self._ended:
-            raise ReplicaLostError(f"this LLM has ended ({self._ended}); make a new one")
+        self._check_live()
         listed = _as_list(prompts)
         each = list(params) if isinstance(params, Sequence) else [params or SamplingParams()] * len(listed)
         if len(each) != len(listed):
@@ -182,8 +184,7 @@ class LLM:
                 self.engine.abort(Abort(name, 0))
                 del self._jobs[name]
             if isinstance(error, ReplicaLostError):
-                self.close()
-                self._ended = str(error)
+                self._end(error)
             raise
         jobs = [self._jobs.pop(name) for name in names]
         return [_result(job) for job in jobs]
@@ -193,13 +194,20 @@ class LLM:
 
         Raises:
             ConfigError: the size cannot be; with the reason.
-            ReplicaLostError: a rank died; this LLM is over if it was one that served.
+            ReplicaLostError: a new rank failed, and the size is as before; or one that served, or this LLM was closed.
         """
+        self._check_live()
+        if type(data) is not int or not 1 <= data <= MAX_DATA:
+            raise ConfigError(f"data ({data!r}) must be an integer from 1 to {MAX_DATA}")
         self._count += 1
-        op = self.engine.scale(f"scale-{self._count}", data, time.monotonic())
-        while not op.is_over or self.engine.has_work:
-            for row in self.engine.step(0.05, now=time.monotonic()):
-                self._take(row)
+        try:
+            op = self.engine.scale(f"scale-{self._count}", data, time.monotonic())
+            while not op.is_over or self.engine.has_work:
+                for row in self.engine.step(0.05, now=time.monotonic()):
+                    self._take(row)
+        except ReplicaLostError as error:
+            self._end(error)
+            raise
         if op.phase == "ABORTED":
             raise ReplicaLostError(f"scaling to data {data} was undone: {op.detail}")
 
@@ -215,6 +223,14 @@ class LLM:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _check_live(self) -> None:
+        if self._ended:
+            raise ReplicaLostError(f"this LLM has ended ({self._ended}); make a new one")
+
+    def _end(self, error: ReplicaLostError) -> None:
+        self.close()
+        self._ended = str(error)
 
     def _start(self, address: str) -> Executor:
         if not address:

@@ -211,6 +211,7 @@ class Ready(msgspec.Struct, frozen=True, array_like=True, tag=True):
         digest: of the resolved plan; the engine refuses ranks that disagree.
         startup_s: phase -> seconds (import, load, warm-up).
         fabric: measured constants of the expert group's network; empty = not measured.
+        expert_rows: back end and bytes per row of its experts: rows travel between ranks, so all must have the same.
     """
 
     rank: int
@@ -221,6 +222,7 @@ class Ready(msgspec.Struct, frozen=True, array_like=True, tag=True):
     log_path: str
     startup_s: dict[str, float]
     fabric: list[float] = []
+    expert_rows: str = ""
 
 
 class ExpertLoad(msgspec.Struct, frozen=True, array_like=True, tag=True):

@@ -104,8 +104,9 @@ def _run(connection: Connection, bootstrap: Bootstrap, begun: float) -> None:
         phases = {"import": imported - begun, "rendezvous": met - imported, "load": loaded - met}
         phases["warm_up"] = warm - loaded
         fabric = worker.experts.fabric if worker.experts is not None else []
+        rows = "" if worker.experts is None else worker.experts.describe_rows()
         where = (_node(bootstrap), os.getpid(), str(device), bootstrap.log_path)
-        sender.send(plan.encode(plan.Ready(spec.rank, spec.digest, *where, phases, fabric)))
+        sender.send(plan.encode(plan.Ready(spec.rank, spec.digest, *where, phases, fabric, rows)))
         while True:
             _obey(worker, plan.decode_order(connection.recv_bytes(rank_link.MAX_MESSAGE_BYTES)), sender)
     finally:

@@ -5,17 +5,20 @@
 Groups of the next generation are built in a thread while the current one serves.
 """
 
+import struct
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from phalanx.errors import PhalanxError, ReplicaLostError
 from phalanx.kernels import memory
 from phalanx.kernels.experts import Experts
+from phalanx.models.loading import read_config
 from phalanx.moe.group import ExpertGroup
 from phalanx.moe.placement.types import LayerPlacement
 from phalanx.parallel import calibration, membership, rendezvous
@@ -23,6 +26,8 @@ from phalanx.parallel.membership import Membership, Mover
 from phalanx.parallel.mesh import Mesh
 from phalanx.parallel.topology import EpTopology
 from phalanx.parallel.torch_transport import Sending
+from phalanx.runtime.expert_config import expert_traffic
+from phalanx.runtime.memory import ITEMSIZE
 from phalanx.runtime.plan import (
     Enter,
     ExpertLoad,
@@ -37,12 +42,11 @@ from phalanx.runtime.plan import (
 )
 from phalanx.runtime.rank_spec import ExpertOrders, RankSpec
 
-TRAILER = 32
-"""Bytes after a row on the wire: two checksums, the logical expert, the layer; i64 each."""
-
+TRAILER = struct.Struct("<QQQ")
+"""After a row on the wire: its checksum, the logical expert, the layer."""
 
 COLUMNS = 512
-"""Words of a row are summed as lines of so many, which needs no memory of the row's size."""
+"""Words of a row are summed as lines of so many: two passes at the speed of memory, in none of the row's size."""
 
 
 class _Task(NamedTuple):
@@ -77,6 +81,7 @@ class RankExperts:
         self._discarded = -1
         self._current: Membership | None = None
         self._rows: list[Tensor] = []
+        self._kinds: list[str] = []
         self._staging = torch.empty(0, dtype=torch.uint8)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="expert-mover")
         topology = EpTopology.of_names(orders.nodes)
@@ -94,14 +99,20 @@ class RankExperts:
             self._current = self._build(orders.generation, topology, self.group.rank)
             self.group.enter(self._current.transport, self.group.placements)
             if orders.calibrate:
-                self.fabric = calibration.measure(self._current.transport, mesh.device)
+                traffic = expert_traffic(read_config(spec.model_path), ITEMSIZE[spec.dtype], exact=orders.exact)
+                self.fabric = calibration.measure(self._current.transport, traffic, mesh.device)
 
     def attach(self, experts: Sequence[Experts]) -> None:
         """Take the weights of the stage's MoE layers, loaded already; they are moved from and into."""
         self._rows = [one.rows for one in experts]
+        self._kinds = sorted({f"{one.impl}:{one.rows.shape[1]}" for one in experts})
         widest = max((rows.shape[1] for rows in self._rows), default=0)  # a stage may have dense layers only
-        shape = (self._orders.staging_rows, -(-(widest + TRAILER) // 8) * 8)
+        shape = (self._orders.staging_rows, -(-(widest + TRAILER.size) // 8) * 8)
         self._staging = memory.empty(shape, torch.uint8, self._mesh.device)
+
+    def describe_rows(self) -> str:
+        """Back end and bytes per row of each layer's experts; ranks with other rows cannot take them."""
+        return " ".join(self._kinds)
 
     def begin(self, step: ExpertStep) -> None:
         """Before a step's forward: switch the layers that flip, and let rows travel.
@@ -140,8 +151,8 @@ class RankExperts:
             raise PlanError(f"rank {self._spec.rank} has no groups of generation {order.generation}")
         old, self._current = self._current, new
         self.group.enter(new.transport, [LayerPlacement(0, tuple(table)) for table in order.placements])
-        if old is not None:
-            old.destroy()
+        if old is not None:  # closing connections takes longer than a step
+            threading.Thread(target=old.destroy, name="expert-group-end", daemon=True).start()
         return self.group.rank // self._mesh.shape.tp
 
     def discard(self, generation: int) -> None:
@@ -233,8 +244,9 @@ class RankExperts:
         failed: list[int] = []
         try:
             begun = [(task, self._start(task, mover)) for task in tasks]
-            for task, transfer in begun:
-                transfer.wait()
+            for task, transfers in begun:
+                for transfer in transfers:
+                    transfer.wait()
                 if not task.is_source:
                     (done if self._is_sound(task) else failed).append(task.move.id)
         except ReplicaLostError:
@@ -242,33 +254,38 @@ class RankExperts:
         if done or failed:
             self._send(MovesDone(self._spec.rank, done, failed))
 
-    def _start(self, task: _Task, mover: Mover) -> Sending:
+    def _start(self, task: _Task, mover: Mover) -> list[Sending]:
+        """A row and its trailer are two messages, so that the row need not be copied."""
+        width, tag = self._row_bytes(task), 2 * task.move.id
         if task.is_source:
-            return mover.send(self._sealed(task), task.peer, task.move.id)
-        width = self._row_bytes(task) + TRAILER
-        return mover.receive(self._staging[task.move.staging, :width], task.peer, task.move.id)
+            row, trailer = self._sealed(task)
+            return [mover.send(row, task.peer, tag), mover.send(trailer, task.peer, tag + 1)]
+        staged = self._staging[task.move.staging]
+        parts = (staged[:width], staged[width : width + TRAILER.size])
+        return [mover.receive(part, task.peer, tag + i) for i, part in enumerate(parts)]
 
     def _row_bytes(self, task: _Task) -> int:
         return self._rows[task.move.layer - self._first_layer].shape[1]
 
-    def _sealed(self, task: _Task) -> Tensor:
-        """A row and its trailer, in memory of its own."""
+    def _sealed(self, task: _Task) -> tuple[Tensor, Tensor]:
+        """A row, in its slot, and its trailer."""
         row = self._rows[task.move.layer - self._first_layer][task.move.source % self.group.slots_per_rank]
-        return torch.cat([row, _trailer(row, task.expert, task.move.layer)])
+        return row, torch.frombuffer(_trailer(row, task), dtype=torch.uint8).to(row.device)
 
     def _is_sound(self, task: _Task) -> bool:
         width, staged = self._row_bytes(task), self._staging[task.move.staging]
-        return torch.equal(staged[width : width + TRAILER], _trailer(staged[:width], task.expert, task.move.layer))
+        trailer = staged[width : width + TRAILER.size].cpu().numpy().tobytes()
+        return trailer == _trailer(staged[:width], task)
 
 
-def _trailer(row: Tensor, expert: int, layer: int) -> Tensor:
-    """Sum and position-weighted sum of the row's 64-bit words, modulo 2^64, and what the row claims to be."""
-    if row.numel() % (8 * COLUMNS) or row.storage_offset() % 8:  # no large row is such
-        row = torch.nn.functional.pad(row, (0, -row.numel() % (8 * COLUMNS))).clone()
-    words = row.view(torch.int64).view(-1, COLUMNS)
-    by_line, by_column = words.sum(1), words.sum(0)
-    lines = torch.arange(0, words.numel(), COLUMNS, device=row.device)
-    columns = torch.arange(1, 1 + COLUMNS, device=row.device)
-    total, weighted = by_line.sum(), (by_line * lines).sum() + (by_column * columns).sum()
-    ends = torch.tensor([expert, layer], device=row.device)
-    return torch.cat([total.view(1), weighted.view(1), ends]).view(torch.uint8)
+def _trailer(row: Tensor, task: _Task) -> bytearray:
+    return bytearray(TRAILER.pack(_checksum(row), task.expert, task.move.layer))
+
+
+def _checksum(row: Tensor) -> int:
+    """Sum of a row's 64-bit words, each times its number, so that order counts; row_bytes is a multiple of 8."""
+    words = row.view(torch.int64)
+    words = torch.nn.functional.pad(words, (0, -words.numel() % COLUMNS)).view(-1, COLUMNS)
+    by_line, by_column = words.sum(1).cpu().numpy(), words.sum(0).cpu().numpy()
+    total = int(by_line @ np.arange(0, words.numel(), COLUMNS)) + int(by_column @ np.arange(1, 1 + COLUMNS))
+    return total & (2**64 - 1)

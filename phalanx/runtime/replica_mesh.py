@@ -10,12 +10,13 @@ import msgspec
 
 from phalanx.errors import ConfigError, ReplicaLostError
 from phalanx.moe.placement.types import LayerPlacement
-from phalanx.parallel.costmodel import ExpertTraffic, costs_from
+from phalanx.parallel.costmodel import costs_from
 from phalanx.parallel.mesh import Coordinate
 from phalanx.runtime.dispatch_policy import DispatchPolicy
 from phalanx.runtime.engine_config import EngineConfig
 from phalanx.runtime.executor.executor import Came, Event, Executor, Lost
-from phalanx.runtime.expert_config import ExpertConfig, moe_specs
+from phalanx.runtime.executor.link import other_rows
+from phalanx.runtime.expert_config import expert_traffic
 from phalanx.runtime.expert_planner import ExpertPlanner
 from phalanx.runtime.memory import ITEMSIZE
 from phalanx.runtime.next_generation import NextGeneration
@@ -72,7 +73,8 @@ class ReplicaMesh:
         if config.experts is not None:
             topologies = self._units.topologies(self.units, config.experts)
             fabric = next((ready.fabric for ready in executor.ready.values() if ready.fabric), [])
-            costs = costs_from(fabric, self._traffic(config.experts)) if fabric else None
+            traffic = expert_traffic(config.model, ITEMSIZE[config.dtype], exact=config.experts.exact)
+            costs = costs_from(fabric, traffic) if fabric else None
             policy = DispatchPolicy(config.experts.dispatch, topologies, costs, config.shape.tp)
             self.planner = ExpertPlanner(config.experts, topologies, config.initial_placements(), policy)
             self.rebalancer = Rebalancer(self.planner)
@@ -126,8 +128,8 @@ class ReplicaMesh:
         return self._begin(op_id, self._units.of_size(target), now, is_repair=False)
 
     def abort(self, op_id: str, reason: str, now: float) -> None:
-        """Undo an operation if it is still running."""
-        if self.op is not None and self.op.goal.op_id == op_id:
+        """Undo an operation if it is still running. A repair cannot be: there is no size to go back to."""
+        if self.op is not None and self.op.goal.op_id == op_id and not self.op.goal.is_repair:
             self._carry_out(self.op, self.op.abort(reason), now)
 
     def rebalance(self) -> None:
@@ -196,7 +198,10 @@ class ReplicaMesh:
             case Came():
                 self.executor.drop([event.rank])
             case Ready() if op is not None:
-                self._carry_out(op, op.ready(event.rank, now), now)
+                stage = self._units.place_of(event.rank, op.goal.new).pp
+                usual = next(self.executor.ready[rank] for rank, place in self.seats.items() if place.pp == stage)
+                problem = other_rows(event, usual)
+                self._carry_out(op, op.abort(problem) if problem else op.ready(event.rank, now), now)
             case Prepared() if op is not None:
                 self._carry_out(op, op.prepared(event.rank, event.generation, event.error, now), now)
             case Lost():
@@ -209,12 +214,6 @@ class ReplicaMesh:
                 planner.on_load(event)
             case _:
                 return
-
-    def _traffic(self, experts: ExpertConfig) -> ExpertTraffic:
-        """Of a typical MoE layer."""
-        router, model = moe_specs(self.config.model)[0].router, self.config.model
-        itemsize = ITEMSIZE[self.config.dtype]
-        return ExpertTraffic.of(model.hidden_size, itemsize, router.num_experts, router.top_k, exact=experts.exact)
 
     def _lost(self, event: Lost, now: float) -> None:
         """What is under way ends with a rank; a lost member is then repaired."""

@@ -17,7 +17,8 @@ import psutil
 import pytest
 
 from phalanx import LLM, SamplingParams
-from phalanx.errors import PhalanxError, ReplicaLostError
+from phalanx.errors import ConfigError, PhalanxError, ReplicaLostError
+from phalanx.models.loading import read_config
 from tests.support import tiny
 from tests.support.engines import SHARING_CORES, forked_ranks
 
@@ -130,6 +131,48 @@ def test_closing_twice_and_closing_early():
         llm.close()
         assert not any(map(psutil.pid_exists, pids))
         llm.close()
+
+
+@pytest.mark.multi
+def test_scaling_refused_and_broken_off_by_a_loss(tmp_path, monkeypatch):
+    """A size that cannot be changes nothing; a member's death ends the LLM here as it does in `generate`."""
+    folder = tiny.make_checkpoint("mixtral", tmp_path)
+    with forked_ranks(), LLM(str(folder), **LIMITS, data=2) as llm:
+        for data in (0, 1025, 2.0, True):
+            with pytest.raises(ConfigError, match=r"data .* must be an integer from 1 to 1024"):
+                llm.scale(data)
+        assert len(llm.generate([[5, 6, 7]], SamplingParams(max_tokens=4, ignore_eos=True))[0].token_ids) == 4
+        step, pids = llm.engine.step, _pids(llm)
+
+        def step_after_a_kill(*args: Any, **options: Any) -> Any:
+            os.kill(pids[1], signal.SIGKILL)
+            return step(*args, **options)
+
+        monkeypatch.setattr(llm.engine, "step", step_after_a_kill)
+        with pytest.raises(ReplicaLostError, match=r"rank 1 .*died"):
+            llm.scale(3)
+        assert not any(map(psutil.pid_exists, pids))
+        with pytest.raises(ReplicaLostError, match="this LLM has ended"):
+            llm.scale(3)
+
+
+@pytest.mark.multi
+def test_a_repair_cannot_be_taken_back(tmp_path):
+    """`abort` is for the size that somebody wanted: there is no way back to ranks that are dead."""
+    folder = tiny.make_checkpoint("mixtral", tmp_path)
+    experts = read_config(folder).moe_specs((0, 1))[0].router.num_experts
+    moe = {"redundant_experts": 2 * experts, "on_rank_loss": "shrink"}
+    with forked_ranks(), LLM(str(folder), **LIMITS, data=3, moe=moe) as llm:
+        os.kill(_pids(llm)[1], signal.SIGKILL)
+        engine, deadline = llm.engine, time.monotonic() + 20.0
+        while engine.mesh.op is None or not engine.mesh.op.is_over:
+            assert time.monotonic() < deadline
+            engine.step(0.01, now=time.monotonic())
+            if engine.mesh.op is not None:
+                engine.abort_scale(engine.mesh.op.goal.op_id, "by mistake", time.monotonic())
+        assert engine.mesh.op.goal.is_repair
+        assert engine.mesh.op.phase == "DONE"
+        assert len(llm.generate([[5, 6, 7]], SamplingParams(max_tokens=4, ignore_eos=True))[0].token_ids) == 4
 
 
 def _lose(llm: LLM, rank: int, number: int, limit_s: float) -> None:

@@ -87,14 +87,16 @@ def damage(rank: int, every: int, folder: Path) -> None:
     """A hook: one byte of every so-manieth row that the rank sends is wrong, after it was sealed."""
     seal, count, rng = RankExperts._sealed, 0, random.Random(rank)
 
-    def damaged(self: RankExperts, *args: Any) -> Tensor:
+    def damaged(self: RankExperts, *args: Any) -> tuple[Tensor, Tensor]:
         nonlocal count
-        sealed, count = seal(self, *args), count + 1
+        (row, trailer), count = seal(self, *args), count + 1
         if count % every == 0:
-            sealed[rng.randrange(len(sealed))] ^= 1 << rng.randrange(8)
+            row, trailer = row.clone(), trailer.clone()
+            part = trailer if count % (5 * every) == 0 else row
+            part[rng.randrange(len(part))] ^= 1 << rng.randrange(8)
             with (folder / str(rank)).open("ab") as file:
                 file.write(b"!")
-        return sealed
+        return row, trailer
 
     RankExperts._sealed = damaged  # type: ignore[method-assign]
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from phalanx.errors import ReplicaLostError
 from phalanx.parallel import calibration
+from phalanx.parallel.costmodel import ExpertTraffic
 from phalanx.parallel.membership import Membership, build
 from phalanx.parallel.topology import EpTopology
 from phalanx.parallel.traffic import CountingTransport, Traffic
@@ -247,7 +248,7 @@ def calibrate_live(rank: int, address: str, topology: EpTopology) -> list[object
     """Measured constants, and how long that took."""
     membership = meet(connect(address), 1, topology, rank)
     begin = time.monotonic()
-    fabric = calibration.measure(membership.transport)
+    fabric = calibration.measure(membership.transport, ExpertTraffic.of(256, 4, 16, 4, exact=False))
     took_s = time.monotonic() - begin
     membership.destroy()
     return [fabric, took_s]

@@ -98,7 +98,7 @@ def test_no_longer_wanted(cluster, dials_first):
         late = cluster.dial(LATE)
         time.sleep(0.1)  # the engine's end of the handshake
     cluster.executor.drop([LATE])
+    end = late or cluster.dial(LATE)
+    assert end.poll(5.0), "the link stays open"
     with pytest.raises((EOFError, ConnectionResetError)):
-        end = late or cluster.dial(LATE)
-        assert end.poll(5.0), "the link stays open"
         end.recv_bytes()

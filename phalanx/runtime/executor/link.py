@@ -68,6 +68,11 @@ class LinkExecutor:
         if digests:
             self.close()
             raise ConfigError(f"ranks {digests} serve another plan than rank 0; restart them with the same file")
+        first = {spec.pp_rank: self.ready[spec.rank] for spec in reversed(specs)}
+        odd = [words for spec in specs if (words := other_rows(self.ready[spec.rank], first[spec.pp_rank]))]
+        if odd:
+            self.close()
+            raise ConfigError(odd[0])
         self._heard = dict.fromkeys(self._connections, time.monotonic())
 
     def submit(self, plan: StepPlan) -> None:
@@ -239,6 +244,17 @@ class LinkExecutor:
             return f"rank {rank}"
         pid = f", pid {known.pid}" if known else ""
         return f"rank {rank} (node {where.node}{pid}, log {where.log_path or '-'})"
+
+
+def other_rows(ready: Ready, usual: Ready) -> str:
+    """Why a rank cannot serve beside another one of its stage, whose expert rows it would have to take; "" = it can."""
+    if ready.expert_rows == usual.expert_rows:
+        return ""
+    here, there = (f"{rank.expert_rows} on rank {rank.rank} (node {rank.node})" for rank in (usual, ready))
+    return (
+        f"experts are stored as {here} but as {there}; give every node the same CPU features and a C++ compiler, or "
+        "choose one back end for all, for example kernels: {experts: loop}"
+    )
 
 
 def _is_consequence(words: RankFailed | None) -> bool:

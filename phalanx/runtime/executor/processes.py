@@ -36,6 +36,7 @@ class ProcessExecutor:
         listener = RankListener("127.0.0.1", self._key)
         self._address = listener.address
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
+        self._ending: list[tuple[subprocess.Popen[bytes], float]] = []
         try:
             self._start(range(num_ranks))
             self._link = LinkExecutor(listener, num_ranks, orders, find_dead=self._find_dead)
@@ -60,6 +61,8 @@ class ProcessExecutor:
 
     def poll(self, timeout_s: float, wake: HasFileno | None = None) -> list[Event]:
         """Events that have arrived; see `Executor.poll`."""
+        if self._ending:
+            self._reap()
         with self._naming_the_dead():
             return self._link.poll(timeout_s, wake)
 
@@ -73,9 +76,12 @@ class ProcessExecutor:
         self._link.brief(spec)
 
     def drop(self, ranks: Sequence[int]) -> None:
-        """End processes and reap them."""
+        """End processes without waiting for it: `poll` reaps them."""
         self._link.drop(ranks)
-        self._end([rank for rank in ranks if rank in self._processes])
+        for rank in ranks:
+            if (process := self._processes.pop(rank, None)) is not None:
+                _close_stdin(process)
+                self._ending.append((process, time.monotonic() + EXIT_S))
 
     def close(self) -> None:
         """End the ranks and reap them."""
@@ -109,11 +115,18 @@ class ProcessExecutor:
             if process.poll() is not None
         }
 
+    def _reap(self) -> None:
+        for process, deadline in self._ending:
+            if time.monotonic() > deadline:
+                process.kill()
+        self._ending = [(process, deadline) for process, deadline in self._ending if process.poll() is None]
+
     def _end(self, ranks: Sequence[int]) -> None:
         processes = [self._processes.pop(rank) for rank in ranks]
         for process in processes:
-            assert process.stdin is not None, "opened as a pipe"
-            process.stdin.close()
+            _close_stdin(process)
+        processes += [process for process, _ in self._ending]
+        self._ending = []
         deadline = time.monotonic() + EXIT_S
         for process in processes:
             try:
@@ -121,6 +134,12 @@ class ProcessExecutor:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+
+
+def _close_stdin(process: "subprocess.Popen[bytes]") -> None:
+    """Its end tells the rank to end."""
+    assert process.stdin is not None, "opened as a pipe"
+    process.stdin.close()
 
 
 def _start(bootstrap: Bootstrap) -> "subprocess.Popen[bytes]":
