@@ -1,12 +1,12 @@
-"""What crosses between nodes, counted on simulated ranks: bytes, balance of network cards, and the time of a huge group.
+"""What crosses between nodes, counted on simulated ranks: bytes, balance of network cards, time of a huge group.
 
     python -m benchmarks.simulation
 
-All ranks of a group run in this process, with the dispatchers' own code (`phalanx/parallel/sim_transport.py`); cases are
-those of the tests of dispatchers. First table: 2 nodes of 8 ranks, 256 experts, top 8, fp32 rows of 512 values, bytes per
-token that go to the other node. Second: bytes received from other nodes, busiest network card (one per rank) over the
-mean, experts popular as Zipf 1.0, 8 nodes of 8 ranks, mean of three placements. Third: one layer on 2,048 ranks, 256
-nodes of 8, CPU seconds of this process for all of them together.
+All ranks of a group run in this process, with the dispatchers' own code (`phalanx/parallel/sim_transport.py`); cases
+are those of the tests of dispatchers. First table: 2 nodes of 8 ranks, 256 experts, top 8, fp32 rows of 512 values,
+bytes per token that go to the other node. Second: bytes received from other nodes, busiest network card (one per rank)
+over the mean, experts popular as Zipf 1.0, 8 nodes of 8 ranks, mean of three placements. Third: one layer on 2,048
+ranks, 256 nodes of 8, CPU seconds of this process for all of them together.
 """
 
 import statistics

@@ -7,18 +7,31 @@ import numpy as np
 
 from phalanx.errors import ConfigError
 from phalanx.moe.placement.spread import add_replicas, fill
-from phalanx.moe.placement.types import LayerPlacement, Load
+from phalanx.moe.placement.types import LayerPlacement, Load, reachable_copies
 from phalanx.moe.placement.working_table import WorkingTable
 from phalanx.parallel.topology import EpTopology
 
 
 def shrink_target(
-    layer: LayerPlacement, topology: EpTopology, survivors: Iterable[int], *, slots_per_rank: int
+    layer: LayerPlacement,
+    topology: EpTopology,
+    survivors: Iterable[int],
+    *,
+    slots_per_rank: int,
+    min_replicas: int = 1,
 ) -> LayerPlacement:
-    """The placement, still on all ranks, in which the survivors hold every expert.
+    """The placement, still on all ranks, in which the survivors hold every expert `min_replicas` times.
 
-    Only orphans move (experts on no survivor), one slot each; they take the place of experts that stay live on another
-    survivor, spread over ranks and nodes. The others' slots are untouched; version + 1 if anything moves.
+    Only what lacks copies moves, orphans (experts on no survivor) first, one slot per copy; they take the place of
+    experts with more copies on survivors than needed, spread over ranks and nodes. The others' slots are untouched;
+    version + 1 if anything moves.
+
+    Args:
+        layer: valid.
+        topology: the ranks now.
+        survivors: those that stay.
+        slots_per_rank: s.
+        min_replicas: where their slots are too few for it, as many as fit everywhere, floor(slots / E).
 
     Raises:
         ConfigError: the survivors have too few slots; with the numbers.
@@ -29,27 +42,35 @@ def shrink_target(
     table = list(layer.physical_to_logical)
     slots = [slot for rank in kept for slot in range(rank * slots_per_rank, (rank + 1) * slots_per_rank)]
     live = Counter(table[slot] for slot in slots)
-    orphans = [expert for expert in range(layer.num_experts) if not live[expert]]
     if len(slots) < layer.num_experts:
         raise ConfigError(
             f"{len(kept)} ranks of {slots_per_rank} expert slots hold {len(slots)} of {layer.num_experts} experts; "
             f"at least {-(-layer.num_experts // slots_per_rank)} ranks must stay"
         )
-    received: Counter[int] = Counter()
+    least = reachable_copies(min_replicas, layer.num_experts, len(slots))
+    rank_of = [slot // slots_per_rank for slot in range(layer.num_slots)]
+    node_of = [topology.node_of[rank] for rank in rank_of]
+    holders = {(table[slot], rank_of[slot]) for slot in slots}
+    beside = Counter((table[slot], node_of[slot]) for slot in slots)
+    received: Counter[tuple[str, int]] = Counter()
 
     def cost(slot: int) -> tuple[int, int, int, int]:
         """Receive evenly over ranks, then over nodes; lose what the node, then the group, has most copies of."""
-        node = topology.nodes[topology.node_of[slot // slots_per_rank]]
-        beside = sum(table[s] == table[slot] for s in slots if s // slots_per_rank in node)
-        return received[slot // slots_per_rank], sum(received[r] for r in node), -beside, -live[table[slot]]
+        evenly = received["rank", rank_of[slot]], received["node", node_of[slot]]
+        return *evenly, -beside[table[slot], node_of[slot]], -live[table[slot]]
 
-    for orphan in orphans:
-        slot = min((slot for slot in slots if live[table[slot]] > 1), key=cost)
-        live[table[slot]] -= 1
-        live[orphan] = 1
-        table[slot] = orphan
-        received[slot // slots_per_rank] += 1
-    return LayerPlacement(layer.version + bool(orphans), tuple(table))
+    lacking = [e for count in range(least) for e in range(layer.num_experts) if live[e] <= count]
+    for expert in lacking:
+        # Never empty: another expert has more than `least` copies, so it is on a rank that has not got this one.
+        spare = [slot for slot in slots if live[table[slot]] > least and (expert, rank_of[slot]) not in holders]
+        slot = min(spare, key=cost)
+        for gone, by in ((table[slot], -1), (expert, 1)):
+            live[gone] += by
+            beside[gone, node_of[slot]] += by
+        holders ^= {(table[slot], rank_of[slot]), (expert, rank_of[slot])}
+        table[slot] = expert
+        received.update((("rank", rank_of[slot]), ("node", node_of[slot])))
+    return LayerPlacement(layer.version + bool(lacking), tuple(table))
 
 
 def drop_ranks(layer: LayerPlacement, survivors: Iterable[int], *, slots_per_rank: int) -> LayerPlacement:
@@ -68,7 +89,12 @@ def drop_ranks(layer: LayerPlacement, survivors: Iterable[int], *, slots_per_ran
 
 
 def add_ranks(
-    layer: LayerPlacement, num_new: int, slots_per_rank: int, load_E: Load, topology: EpTopology
+    layer: LayerPlacement,
+    num_new: int,
+    slots_per_rank: int,
+    load_E: Load,
+    topology: EpTopology,
+    min_replicas: int = 1,
 ) -> LayerPlacement:
     """The old table, untouched, and behind it the slots of `num_new` ranks, with replicas of what is loaded most.
 
@@ -78,6 +104,7 @@ def add_ranks(
         slots_per_rank: s.
         load_E: tokens per expert; all zero replicates evenly.
         topology: all ranks, the new ones last.
+        min_replicas: experts with fewer copies come first; those of the old table count.
 
     Raises:
         ConfigError: the topology has not old + new ranks.
@@ -86,7 +113,9 @@ def add_ranks(
     if topology.num_ranks != num_old + num_new:
         raise ConfigError(f"{num_old} ranks and {num_new} new ones are not the {topology.num_ranks} of the topology")
     old_E = np.array(layer.num_replicas)
-    count_E = add_replicas(load_E, old_E, topology.num_ranks * slots_per_rank, old_E + num_new)
+    num_slots = topology.num_ranks * slots_per_rank
+    least = reachable_copies(min_replicas, layer.num_experts, num_slots)
+    count_E = add_replicas(load_E, old_E, num_slots, old_E + num_new, least)
     work = WorkingTable(load_E, topology, slots_per_rank, count_E)
     for slot, expert in enumerate(layer.physical_to_logical):
         work.put(*divmod(slot, slots_per_rank), expert)

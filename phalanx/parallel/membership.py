@@ -144,7 +144,8 @@ def build(
     if topology.num_ranks == 1:
         return Membership(generation, topology, rank, TorchTransport(topology, rank, own), Mover(rank, None), [])
     deadline = time.monotonic() + timeout_s
-    make = _nccl(timeout_s) if device.type == "cuda" else _gloo(timeout_s, interface)
+    # Moves have an event loop of their own: reading a large row would hold up the small messages of an exchange.
+    make, make_move = (_nccl(timeout_s) if device.type == "cuda" else _gloo(timeout_s, interface) for _ in range(2))
     made: dict[tuple[int, ...], dist.ProcessGroup] = {}
     where = f"{prefix}/{generation}"
     try:
@@ -156,7 +157,7 @@ def build(
                 made[members] = _group(meeting, f"{hop}{members[0]}", members, rank, device, make)
             if len(members) > 1:
                 own[hop] = made[members]
-        move = _group(meeting, "move", tuple(range(topology.num_ranks)), rank, device, make)
+        move = _group(meeting, "move", tuple(range(topology.num_ranks)), rank, device, make_move)
     except RuntimeError as error:  # the base of all errors of torch.distributed
         # The traceback holds this frame, and through it connections that others wait on.
         made.clear()
@@ -185,7 +186,7 @@ def _nccl(timeout_s: float) -> MakeBackend:
 
 
 def _gloo(timeout_s: float, interface: str | None) -> MakeBackend:
-    """The groups of one membership share one gloo device, that is one event loop and listening socket."""
+    """The groups that it makes share one gloo device, that is one event loop and listening socket."""
     options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
     options._timeout = timedelta(seconds=timeout_s)
     # Exchanges of one group follow one another: a second thread per group would only sleep.

@@ -283,9 +283,12 @@ def _trailer(row: Tensor, task: _Task) -> bytearray:
 
 
 def _checksum(row: Tensor) -> int:
-    """Sum of a row's 64-bit words, each times its number, so that order counts; row_bytes is a multiple of 8."""
+    """Sum of a row's 64-bit words, word i times 2i + 1: order counts, and no change of one word goes unseen.
+
+    An even factor would hide a word's highest bit. Rows are multiples of 8 bytes.
+    """
     words = row.view(torch.int64)
     words = torch.nn.functional.pad(words, (0, -words.numel() % COLUMNS)).view(-1, COLUMNS)
     by_line, by_column = words.sum(1).cpu().numpy(), words.sum(0).cpu().numpy()
-    total = int(by_line @ np.arange(0, words.numel(), COLUMNS)) + int(by_column @ np.arange(1, 1 + COLUMNS))
+    total = int(by_line @ np.arange(0, 2 * words.numel(), 2 * COLUMNS)) + int(by_column @ np.arange(1, 2 * COLUMNS, 2))
     return total & (2**64 - 1)

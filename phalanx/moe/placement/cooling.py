@@ -11,7 +11,7 @@ MAX_DETOURS = 8
 
 
 def cool(work: WorkingTable, good_peak: float, max_changed: int) -> WorkingTable:
-    """The coolest table found from `work` on.
+    """The coolest table found from `work` on, after every expert that lacks replicas got them, as far as can be paid.
 
     Each step changes something on the hottest rank: it exchanges an expert with another rank, or one of its hottest
     experts gets a slot of a replicated one. When neither helps by itself, a detour: it does so although the other rank
@@ -23,7 +23,12 @@ def cool(work: WorkingTable, good_peak: float, max_changed: int) -> WorkingTable
         max_changed: slots that may hold another expert than now.
     """
     start_Ps = work.table_Ps.copy()
-    work = _descend(work.copy(), start_Ps, good_peak, max_changed)
+    work = work.copy()
+    for _ in range(max_changed):
+        if (change := work.repair()) is None:
+            break
+        work.apply(change)
+    work = _descend(work, start_Ps, good_peak, max_changed)
     for _ in range(MAX_DETOURS):
         if work.peak <= good_peak:
             break

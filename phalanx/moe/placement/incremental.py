@@ -19,6 +19,7 @@ def place(
     *,
     slots_per_rank: int,
     budget: float = 0.1,
+    min_replicas: int = 1,
 ) -> Placement:
     """Improve `previous`, layer by layer, with at most `budget` of each layer's slots changed.
 
@@ -28,22 +29,29 @@ def place(
         previous: valid on this topology; None = a fresh solve by `spread`.
         slots_per_rank: s.
         budget: changed slots over all slots, 0 ... 1.
+        min_replicas: copies that every expert keeps; where fewer are left, these come first, then balance. What does
+            not fit counts as the most that does, floor(S / E).
 
     Raises:
         ConfigError: `previous` does not fit the topology; without it, the slots do not fit the experts.
     """
     if previous is None:
-        return spread.place(load_LE, topology, slots_per_rank=slots_per_rank)
+        return spread.place(load_LE, topology, slots_per_rank=slots_per_rank, min_replicas=min_replicas)
     previous.validate(topology, [len(load_E) for load_E in load_LE])
     limit = int(budget * previous.num_slots)
     pairs = zip(previous.layers, load_LE, strict=True)
-    layers = [place_layer(load_E, topology, slots_per_rank, old, limit) for old, load_E in pairs]
+    layers = [place_layer(load_E, topology, slots_per_rank, old, limit, min_replicas) for old, load_E in pairs]
     return Placement(slots_per_rank, tuple(layers))
 
 
 def place_layer(
-    load_E: Load, topology: EpTopology, slots_per_rank: int, previous: LayerPlacement, max_changed: int
+    load_E: Load,
+    topology: EpTopology,
+    slots_per_rank: int,
+    previous: LayerPlacement,
+    max_changed: int,
+    min_replicas: int = 1,
 ) -> LayerPlacement:
     """One layer of `place`; at most `max_changed` slots hold another expert than in `previous`."""
-    work = WorkingTable.of(previous, load_E, topology, slots_per_rank)
+    work = WorkingTable.of(previous, load_E, topology, slots_per_rank, min_replicas)
     return spread.finish(cool(work, GOOD_PEAK, max_changed), previous)

@@ -13,6 +13,7 @@ def place(
     *,
     slots_per_rank: int,
     budget: float = 1.0,
+    min_replicas: int = 1,
 ) -> Placement:
     """Slot p holds expert `p mod E`.
 
@@ -23,6 +24,7 @@ def place(
         topology: the P ranks.
         previous: gives the versions only.
         budget: not used.
+        min_replicas: not used; every expert has floor(S / E) copies at least.
         slots_per_rank: s; P * s >= E and s <= E in every layer.
 
     Raises:

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from phalanx.moe.placement.cooling import cool
-from phalanx.moe.placement.types import LayerPlacement, Load, Placement, check_room
+from phalanx.moe.placement.types import LayerPlacement, Load, Placement, check_room, reachable_copies
 from phalanx.moe.placement.working_table import WorkingTable
 from phalanx.parallel.topology import EpTopology
 
@@ -22,6 +22,7 @@ def place(
     *,
     slots_per_rank: int,
     budget: float = 1.0,
+    min_replicas: int = 1,
 ) -> Placement:
     """Solve every layer from zero; nearly every slot changes.
 
@@ -31,6 +32,8 @@ def place(
         previous: gives versions, and the slot order inside ranks; no say in which rank gets what.
         slots_per_rank: s; P * s >= E and s <= E in every layer.
         budget: not used.
+        min_replicas: copies that every expert gets, whatever its load; what does not fit counts as the most that
+            does, floor(S / E).
 
     Raises:
         ConfigError: too few slots for the experts, or too many on a rank.
@@ -38,24 +41,33 @@ def place(
     layers = []
     for index, load_E in enumerate(load_LE):
         old = previous.layers[index] if previous else None
-        layers.append(place_layer(load_E, topology, slots_per_rank, old))
+        layers.append(place_layer(load_E, topology, slots_per_rank, old, min_replicas))
     return Placement(slots_per_rank, tuple(layers))
 
 
 def place_layer(
-    load_E: Load, topology: EpTopology, slots_per_rank: int, previous: LayerPlacement | None = None
+    load_E: Load,
+    topology: EpTopology,
+    slots_per_rank: int,
+    previous: LayerPlacement | None = None,
+    min_replicas: int = 1,
 ) -> LayerPlacement:
     """One layer of `place`."""
     check_room(len(load_E), topology.num_ranks, slots_per_rank)
     num_slots = topology.num_ranks * slots_per_rank
-    count_E = add_replicas(load_E, np.ones(len(load_E), dtype=np.int64), num_slots, topology.num_ranks)
-    work = WorkingTable(load_E, topology, slots_per_rank, count_E)
+    least = reachable_copies(min_replicas, len(load_E), num_slots)
+    count_E = add_replicas(load_E, np.full(len(load_E), least, dtype=np.int64), num_slots, topology.num_ranks)
+    work = WorkingTable(load_E, topology, slots_per_rank, count_E, min_replicas)
     fill(work, count_E, range(topology.num_ranks))
     return finish(cool(work, GOOD_PEAK, num_slots), previous)
 
 
 def add_replicas(
-    load_E: Load, count_E: NDArray[np.int64], num_slots: int, max_count: int | NDArray[np.int64]
+    load_E: Load,
+    count_E: NDArray[np.int64],
+    num_slots: int,
+    max_count: int | NDArray[np.int64],
+    min_count: int = 1,
 ) -> NDArray[np.int64]:
     """Replicas of each expert when `num_slots` slots are all used: always one more for the largest load / count.
 
@@ -64,17 +76,22 @@ def add_replicas(
         count_E: replicas that are there already, >= 1.
         num_slots: at least the sum of `count_E`, at most that of `max_count`.
         max_count: of one expert.
+        min_count: experts with fewer come first.
     """
     count_E, max_E = count_E.copy(), np.broadcast_to(max_count, count_E.shape)
-    heap = [(-float(load_E[expert]) / count, int(count), expert) for expert, count in enumerate(count_E)]
+
+    def entry(expert: int, count: int) -> tuple[bool, float, int, int]:
+        return count >= min_count, -float(load_E[expert]) / count, count, expert
+
+    heap = [entry(expert, count) for expert, count in enumerate(count_E.tolist())]
     heapq.heapify(heap)
     left = num_slots - int(count_E.sum())
     while left:
-        _, count, expert = heapq.heappop(heap)
+        *_, count, expert = heapq.heappop(heap)
         if count < max_E[expert]:
             count_E[expert] += 1
             left -= 1
-            heapq.heappush(heap, (-float(load_E[expert]) / (count + 1), count + 1, expert))
+            heapq.heappush(heap, entry(expert, count + 1))
     return count_E
 
 

@@ -144,6 +144,14 @@ class Placement:
         return blake2b(text.encode(), digest_size=16).hexdigest()
 
 
+def reachable_copies(min_replicas: int, num_experts: int, num_slots: int) -> int:
+    """Copies, each on another rank, that every expert can have at once: `min_replicas`, or floor(S / E) if it is less.
+
+    Ranks never are too few: none holds an expert twice, so s <= E, and floor(P * s / E) <= P.
+    """
+    return max(1, min(min_replicas, num_slots // num_experts))
+
+
 def check_room(num_experts: int, num_ranks: int, slots_per_rank: int) -> None:
     """Refuse a number of slots that cannot hold every expert, or must hold one twice on a rank.
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from phalanx.moe.placement.types import LayerPlacement, Load
+from phalanx.moe.placement.types import LayerPlacement, Load, reachable_copies
 from phalanx.parallel.topology import EpTopology
 
 # Shape suffixes: E logical experts, P ranks, s slots per rank, S = P * s slots, N nodes, C candidates.
@@ -37,10 +37,19 @@ class WorkingTable:
         topology: the ranks.
         slots_per_rank: s.
         count_E: replicas of each expert when the table is full; where they are not on a rank yet too.
+        min_replicas: no change takes a replica from an expert that has not more; clamped to what fits.
     """
 
-    def __init__(self, load_E: Load, topology: EpTopology, slots_per_rank: int, count_E: NDArray[np.int64]) -> None:
+    def __init__(
+        self,
+        load_E: Load,
+        topology: EpTopology,
+        slots_per_rank: int,
+        count_E: NDArray[np.int64],
+        min_replicas: int = 1,
+    ) -> None:
         num_ranks, num_experts = topology.num_ranks, len(load_E)
+        self.min_count = reachable_copies(min_replicas, num_experts, num_ranks * slots_per_rank)
         self.load_E = np.asarray(load_E, dtype=np.float64)
         self.node_of_P = np.array(topology.node_of)
         self.num_nodes = topology.num_nodes
@@ -54,9 +63,11 @@ class WorkingTable:
         self.rank_load_P = np.zeros(num_ranks)
 
     @classmethod
-    def of(cls, layer: LayerPlacement, load_E: Load, topology: EpTopology, slots_per_rank: int) -> "WorkingTable":
+    def of(
+        cls, layer: LayerPlacement, load_E: Load, topology: EpTopology, slots_per_rank: int, min_replicas: int = 1
+    ) -> "WorkingTable":
         """A full table."""
-        work = cls(load_E, topology, slots_per_rank, np.array(layer.num_replicas))
+        work = cls(load_E, topology, slots_per_rank, np.array(layer.num_replicas), min_replicas)
         work.table_Ps[:] = layer.slots.reshape(-1, slots_per_rank)
         work.holds_EP[layer.slots, work.rank_of_S] = True
         np.add.at(work.copies_EN, (layer.slots, work.node_of_S), 1)
@@ -148,13 +159,27 @@ class WorkingTable:
     def replicas(self, hot: int) -> list[Change]:
         """For each of `hot`'s hottest experts: the slot of a replicated expert that is best given to it."""
         hottest = self.table_Ps[hot][np.argsort(-self.share_E[self.table_Ps[hot]], kind="stable")[:NUM_TRIED]]
-        slots_C = np.flatnonzero(self.count_E[self.table_Ps.reshape(-1)] > 1)
-        return [change for expert in hottest.tolist() if (change := self._best_slot(expert, slots_C))]
+        return [change for expert in hottest.tolist() if (change := self._best_slot(expert))]
 
-    def _best_slot(self, expert: int, slots_C: NDArray[np.int64]) -> Change | None:
-        """The slot among `slots_C` whose loss, for one more replica of `expert`, leaves the lowest peak."""
+    def repair(self) -> Change | None:
+        """One more replica for the expert that lacks most, the hottest of such; None when each has `min_count`.
+
+        There is always a slot for it: some expert has more than `min_count`, so it is on a rank that this one is not.
+        """
+        if self.count_E.min() >= self.min_count:
+            return None
+        lacking = np.flatnonzero(self.count_E == self.count_E.min())
+        expert = int(lacking[self.share_E[lacking].argmax()])
+        return self._best_slot(expert) or self._best_slot(expert, spread_out=False)
+
+    def _best_slot(self, expert: int, *, spread_out: bool = True) -> Change | None:
+        """The slot whose loss, for one more replica of `expert`, leaves the lowest peak.
+
+        Its expert has replicas to spare; its node has room for one more of `expert`, unless not `spread_out`.
+        """
+        slots_C = np.flatnonzero(self.count_E[self.table_Ps.reshape(-1)] > self.min_count)
         allowed_C = ~self.holds_EP[expert, self.rank_of_S[slots_C]]
-        if self.num_nodes > 1:
+        if self.num_nodes > 1 and spread_out:
             room_N = self.copies_EN[expert] < -(-(self.count_E[expert] + 1) // self.num_nodes)
             allowed_C &= room_N[self.node_of_S[slots_C]]
         slots_C = slots_C[allowed_C]
