@@ -2,10 +2,10 @@
 
     benchmarks/offline.py [--kind dense|moe] [CHECKPOINT] [--peer NAME[=PYTHON]]... [--peers DIR] [--out FILE]
 
-CHECKPOINT defaults to the one that `make_checkpoint.py` of the peers folder writes (kept under ~/.cache/phalanx). A peer
-is a `run_NAME.py` of that folder, run by PYTHON (this interpreter unless it has an environment of its own, as vllm).
-The workload is the peers' own: random ids from a fixed seed, greedy, no early stop, no prefix cache. Each side runs
-`--rounds` times, turn about; a row is the median. Prints JSON rows, then a table with the ratio.
+CHECKPOINT defaults to the one that `make_checkpoint.py` of the peers folder writes (kept under ~/.cache/phalanx). A
+peer is a `run_NAME.py` of that folder, run by PYTHON (this interpreter unless it has an environment of its own, as
+vllm has). The workload is the peers' own: random ids from a fixed seed, greedy, no early stop, no prefix cache. Each
+side runs `--rounds` times, turn about; a row is the median. Prints JSON rows, then a table with the ratio.
 """
 
 import argparse

@@ -63,7 +63,7 @@ def measure(transport: Transport, traffic: ExpertTraffic, device: torch.device |
         ConfigError: the group has one rank.
         ReplicaLostError: a rank is gone.
 
-    Cost: about 500 exchanges; TIME
+    Cost: about 500 exchanges; 0.2 to 0.5 s inside a host, 3 to 4 s between two nodes at 200 Mbit/s.
     """
     clock = _Clock(transport, torch.device("cpu") if device is None else device)
     constants = calibrate(time_exchanges(clock))

@@ -1,6 +1,8 @@
 """When expert placements are worth changing. Pure: the solve runs in a thread of the engine's shell.
 
 every `interval_steps`: decide -> layers to solve -> (solve) -> accept -> layers to migrate
+
+A layer whose experts lack copies does not wait for the interval, nor for a load, and what gives it some is taken.
 """
 
 from collections.abc import Mapping, Sequence
@@ -39,18 +41,21 @@ class LayerView(NamedTuple):
     Attributes:
         balancedness: mean over maximal rank load.
         tokens_per_expert: mean count in the window.
+        missing_copies: of experts that have fewer than they should.
     """
 
     balancedness: float
     tokens_per_expert: float
+    missing_copies: int = 0
 
 
 class Proposal(NamedTuple):
-    """What a solve offers for one layer: its balancedness before and after, and the experts to move."""
+    """What a solve offers for one layer: balancedness before and after, experts to move, missing copies it makes."""
 
     before: float
     after: float
     num_moves: int
+    num_restored: int = 0
 
     @property
     def gain(self) -> float:
@@ -100,6 +105,9 @@ class BalancePolicy:
             return Decision((), "rebalancing is off")
         if busy:
             return Decision((), "a scale operation, a migration or a solve runs")
+        lacking = tuple(layer for layer, view in enumerate(self._views) if view.missing_copies)
+        if lacking:
+            return Decision(lacking, f"experts of {len(lacking)} of {len(self._views)} layers lack copies")
         if step - self._last_step < self.config.interval_steps:
             return Decision((), f"looked at in step {self._last_step}")
         if not self._views or min(view.tokens_per_expert for view in self._views) < MIN_TOKENS_PER_EXPERT:
@@ -115,7 +123,8 @@ class BalancePolicy:
     def accept(self, proposals: Mapping[int, Proposal], step_s: float, bytes_per_s: float) -> tuple[int, ...]:
         """Layers whose proposal is worth its bytes; the others are left until they get worse.
 
-        Worth it: gain * moe_share / layers * interval > bytes / bandwidth, and at least `min_gain`.
+        Worth it: gain * moe_share / layers * interval > bytes / bandwidth, and at least `min_gain`; or it restores
+        missing copies.
 
         Args:
             proposals: by layer.
@@ -127,7 +136,7 @@ class BalancePolicy:
         for layer, proposal in sorted(proposals.items()):
             move_s = proposal.num_moves * self.config.row_bytes / bytes_per_s
             is_worth = proposal.num_moves > 0 and proposal.gain >= self.config.min_gain
-            is_worth = is_worth and proposal.gain * horizon_s > move_s
+            is_worth = (is_worth and proposal.gain * horizon_s > move_s) or proposal.num_restored > 0
             self._refused[layer] = 1.0 if is_worth else proposal.before
             taken += [layer] if is_worth else []
         return tuple(taken)

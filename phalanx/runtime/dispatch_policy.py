@@ -6,7 +6,10 @@ from phalanx.parallel.topology import EpTopology
 
 SWITCH_STEPS = 8
 SWITCH_GAIN = 0.02
-"""Another kind must be so much cheaper, for so many steps in a row, before the policy changes its mind."""
+"""Another kind must be so much cheaper, for so many steps in a row, before the policy changes its mind.
+
+A change costs nothing itself, so the gain only keeps kinds of equal cost from taking turns.
+"""
 
 Costs = Callable[[int, EpTopology], dict[str, float]]
 """(tokens per rank, topology) -> seconds of dispatch and combine per kind."""

@@ -45,6 +45,11 @@ class ExpertConfig:
     on_rank_loss: Literal["restart", "shrink"] = "restart"
     capacity: CapacitySpec | None = None
 
+    @property
+    def min_replicas(self) -> int:
+        """Copies every expert should have: with a second one, the group can go on without any one rank."""
+        return 2 if self.on_rank_loss == "shrink" else 1
+
     def layers_of(self, stage: int) -> tuple[int, ...]:
         """MoE layers of a stage, counted over the MoE layers of the model."""
         return tuple(layer for layer, where in enumerate(self.stage_of) if where == stage)

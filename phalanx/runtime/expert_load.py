@@ -9,6 +9,12 @@ from phalanx.moe.placement.types import LayerPlacement
 from phalanx.runtime.expert_config import ExpertConfig
 
 
+def num_single_experts(config: ExpertConfig, placements: Sequence[LayerPlacement]) -> int:
+    """Experts, over all MoE layers, that have one copy where a lost rank should cost nothing but its slots; else 0."""
+    singles = sum(count == 1 for layer in placements for count in layer.num_replicas)
+    return singles if config.min_replicas > 1 else 0
+
+
 def rank_loads(
     config: ExpertConfig, placements: Sequence[LayerPlacement], loads: Sequence[NDArray[np.int64]]
 ) -> list[int]:

@@ -52,6 +52,7 @@ class Rebalancer:
     def enter(self) -> None:
         """Another generation: an answer about the old one is dropped."""
         self._solving = None
+        self._next_look = 0  # copies may be missing
         self._policy.enter()
 
     def force(self) -> None:
@@ -79,9 +80,12 @@ class Rebalancer:
             self._solve(layers)
 
     def _views(self) -> list[LayerView]:
-        size = self._planner.config.slots_per_rank
+        size, least = self._planner.config.slots_per_rank, self._planner.config.min_replicas
         pairs = zip(self._planner.placements, self._planner.load.load(), strict=True)
-        return [LayerView(layer.balancedness(load_E, size), float(load_E.mean())) for layer, load_E in pairs]
+        return [
+            LayerView(layer.balancedness(load_E, size), float(load_E.mean()), layer.missing_copies(least))
+            for layer, load_E in pairs
+        ]
 
     def _solve(self, layers: Sequence[int]) -> None:
         planner, loads = self._planner, self._planner.load.load()
@@ -91,37 +95,45 @@ class Rebalancer:
             for layer in layers
         }
         pool = ThreadPoolExecutor(1, thread_name_prefix="expert-solver")
-        self._solving = pool.submit(solve, problems, config.slots_per_rank, config.max_moved)
+        self._solving = pool.submit(solve, problems, config.slots_per_rank, config.max_moved, config.min_replicas)
         pool.shutdown(wait=False)  # ends with the solve
 
     def _take(self, found: Mapping[int, LayerPlacement]) -> None:
         loads, size = self._planner.load.load(), self._planner.config.slots_per_rank
-        proposals = {}
+        least, proposals = self._planner.config.min_replicas, {}
         for layer, new in found.items():
             old = self._planner.placements[layer]
             before, after = old.balancedness(loads[layer], size), new.balancedness(loads[layer], size)
-            proposals[layer] = Proposal(before, after, num_moves(old, new, size))
+            restored = old.missing_copies(least) - new.missing_copies(least)
+            proposals[layer] = Proposal(before, after, num_moves(old, new, size), restored)
         taken = self._policy.accept(proposals, self._step_s, BYTES_PER_S)
+        restoring = {layer for layer, offer in proposals.items() if offer.num_restored}
         if self._is_forced:
-            taken = tuple(layer for layer, offer in proposals.items() if offer.num_moves and offer.gain > 0)
+            cooling = {layer for layer, offer in proposals.items() if offer.num_moves and offer.gain > 0}
+            taken = tuple(sorted(cooling | restoring))
+        if restoring:
+            self._next_look = 0  # the next copies follow as soon as these have moved
         self._planner.migrate({layer: found[layer] for layer in taken})
 
 
-def solve(problems: Mapping[int, Problem], slots_per_rank: int, max_moved: float) -> dict[int, LayerPlacement]:
+def solve(
+    problems: Mapping[int, Problem], slots_per_rank: int, max_moved: float, min_replicas: int = 1
+) -> dict[int, LayerPlacement]:
     """A better placement of each layer; runs beside the steps.
 
     Args:
         problems: by layer.
         slots_per_rank: s.
         max_moved: share of the slots that may change, except where only a fresh solve helps.
+        min_replicas: copies that every expert keeps, or gets first.
     """
     found = {}
     for layer, (load_E, placement, topology) in problems.items():
         limit = max(2, int(max_moved * placement.num_slots))  # an exchange changes two
-        near = incremental.place_layer(load_E, topology, slots_per_rank, placement, limit)
+        near = incremental.place_layer(load_E, topology, slots_per_rank, placement, limit, min_replicas)
         reached = near.balancedness(load_E, slots_per_rank)
         if reached < POOR:
-            fresh = spread.place_layer(load_E, topology, slots_per_rank, placement)
+            fresh = spread.place_layer(load_E, topology, slots_per_rank, placement, min_replicas)
             if fresh.balancedness(load_E, slots_per_rank) >= reached + FRESH_GAIN:
                 near = fresh
         found[layer] = near

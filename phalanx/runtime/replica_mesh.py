@@ -226,13 +226,8 @@ class ReplicaMesh:
         if not is_member:
             return
         survivors = tuple(unit for unit in self.units if members.issuperset(self._units.ranks_of[unit]))
-        missing = {layer: gone for layer, gone in enumerate(self._next_of(survivors).missing()) if gone}
-        if missing:
-            layer, experts = next(iter(missing.items()))
-            raise ReplicaLostError(
-                f"{event.reason}; no other rank has experts {experts[:8]} of MoE layer {layer} ({len(missing)} layers "
-                "lack some), so the replica restarts; with more moe.redundant_experts it would go on"
-            )
+        if loss := self._next_of(survivors).loss():
+            raise ReplicaLostError(f"{event.reason}; {loss}")
         self._begin(f"repair-{self._next_generation}", survivors, now, is_repair=True)
 
     def _next_of(self, units: Sequence[int]) -> NextGeneration:

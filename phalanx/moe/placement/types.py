@@ -52,6 +52,11 @@ class LayerPlacement:
         """Live copies of each expert."""
         return tuple(map(len, self.logical_to_physical))
 
+    def missing_copies(self, min_replicas: int) -> int:
+        """Copies to be made until every expert has `min_replicas`, or as many as all can have in these slots."""
+        least = reachable_copies(min_replicas, self.num_experts, self.num_slots)
+        return sum(max(0, least - count) for count in self.num_replicas)
+
     @cached_property
     def slots(self) -> NDArray[np.int64]:
         """`physical_to_logical` as an array, (S,); read only."""
