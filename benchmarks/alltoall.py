@@ -11,8 +11,8 @@ the payloads and counts that ranks handed over; messages are payloads of the bus
 combine together.
 
 `grid` and `held_out` calibrate the cost model on the links and print what `moe.dispatch: auto` settles on at several
-sizes, against the best kind of each cell, of each setting, and overall. Of the model one thing was chosen after a look at
-`held_out`: how long calibration goes on with larger layers.
+sizes, against the best kind of each cell, of each setting, and overall. One thing was chosen after a look at
+`held_out`: up to which layer size calibration measures.
 """
 
 import argparse
