@@ -132,6 +132,7 @@ class ReplicaStatus:
     expert_load: tuple[int, ...]
     num_dropped: int
     num_moved: int
+    num_single_experts: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from phalanx.deploy.server.links import ENGINE_METHOD, LINK_OPTIONS
 from phalanx.errors import ConfigError, ReplicaLostError
 from phalanx.runtime import frames, scale_report
 from phalanx.runtime.engine import Engine
-from phalanx.runtime.expert_load import rank_loads
+from phalanx.runtime.expert_load import num_single_experts, rank_loads
 from phalanx.runtime.frames import (
     Abort,
     AbortScale,
@@ -245,4 +245,5 @@ def heartbeat(engine: Engine, seq: int) -> Heartbeat:
         [] if planner is None else rank_loads(planner.config, planner.placements, planner.load.load()),
         0 if planner is None else planner.num_dropped,
         0 if planner is None else planner.num_moved,
+        0 if planner is None else num_single_experts(planner.config, planner.placements),
     )

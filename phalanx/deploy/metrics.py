@@ -24,6 +24,10 @@ GAUGES: Mapping[str, tuple[str, Callable[[Heartbeat], float]]] = {
         "Share of the KV blocks in use.",
         lambda beat: 1 - beat.num_free_blocks / beat.num_total_blocks if beat.num_total_blocks else 0.0,
     ),
+    "phalanx_moe_single_experts": (
+        "Experts with one copy, where a lost rank should only shrink the group.",
+        lambda beat: beat.num_single_experts,
+    ),
     "phalanx_moe_balancedness_ratio": (
         "Mean over largest load of the expert ranks; 1 = even.",
         lambda beat: (

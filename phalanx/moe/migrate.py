@@ -35,7 +35,13 @@ class MoveBatch(NamedTuple):
 
 
 def plan_moves(
-    old: LayerPlacement, new: LayerPlacement, topology: EpTopology, *, slots_per_rank: int, staging_rows: int
+    old: LayerPlacement,
+    new: LayerPlacement,
+    topology: EpTopology,
+    *,
+    slots_per_rank: int,
+    staging_rows: int,
+    min_replicas: int = 1,
 ) -> list[MoveBatch]:
     """Batches that put the same experts on the same ranks as `new`.
 
@@ -50,6 +56,7 @@ def plan_moves(
         topology: the P ranks.
         slots_per_rank: s.
         staging_rows: rows a rank may receive in one batch, >= 1.
+        min_replicas: live copies that an expert keeps on the way, wherever some move is possible without taking one.
 
     Raises:
         ConfigError: the placements do not fit each other, or there is no staging row.
@@ -69,7 +76,7 @@ def plan_moves(
     version = old.version
     while any(state.missing):
         version += 1
-        batches.append(_next_batch(state, staging_rows, version))
+        batches.append(_next_batch(state, staging_rows, version, min_replicas))
     return batches
 
 
@@ -156,25 +163,28 @@ class _Batch:
         state.leaving[rank].remove(dst_slot)
 
 
-def _next_batch(state: _State, staging_rows: int, version: int) -> MoveBatch:
-    """Fill one batch; it has at least one move.
+def _next_batch(state: _State, staging_rows: int, version: int, min_replicas: int) -> MoveBatch:
+    """Fill one batch; it has at least one move, if need be at the price of all copies of an expert but one.
 
     Without a safe move every leaving expert is the last copy and goes to exactly one rank: what is left to do is a
     permutation, in which every rank lies on a cycle whose sources are its members.
     """
     batch = _Batch(state, staging_rows)
-    while _add_safe_moves(batch) or _add_cycles(batch):
-        pass
+    for kept in range(min_replicas, 0, -1):
+        while _add_safe_moves(batch, kept) or _add_cycles(batch):
+            pass
+        if batch.moves:
+            break
     state.flip(batch.moves)
     return MoveBatch(tuple(batch.moves), LayerPlacement(version, tuple(state.table)))
 
 
-def _add_safe_moves(batch: _Batch) -> bool:
-    """Overwrite copies whose expert stays live elsewhere."""
+def _add_safe_moves(batch: _Batch, kept: int) -> bool:
+    """Overwrite copies whose expert has `kept` others."""
     state, before = batch.state, len(batch.moves)
     for rank, missing in enumerate(state.missing):
         for expert in list(missing):
-            safe = [slot for slot in state.leaving[rank] if batch.copies_left(state.table[slot]) > 1]
+            safe = [slot for slot in state.leaving[rank] if batch.copies_left(state.table[slot]) > kept]
             source = batch.source(expert, rank) if safe else None
             if source is not None:
                 # A copy that others still want is the better kept one: it may be the only one of its node.

@@ -117,6 +117,7 @@ class ExpertPlanner:
                     self.topologies[self.config.stage_of[index]],
                     slots_per_rank=self.config.slots_per_rank,
                     staging_rows=self.config.staging_rows,
+                    min_replicas=self.config.min_replicas,
                 )
             )
 

@@ -165,6 +165,8 @@ class Heartbeat(msgspec.Struct, frozen=True, array_like=True, tag=13):
         expert_load: tokens that met the experts of each rank lately; empty for a dense model.
         num_dropped: choices of an expert that a capacity limit dropped.
         num_moved: experts that changed their slot while serving.
+        num_single_experts: experts, over all MoE layers, with one live copy, where a lost rank should only shrink the
+            group; else 0.
     """
 
     seq: int
@@ -181,6 +183,7 @@ class Heartbeat(msgspec.Struct, frozen=True, array_like=True, tag=13):
     expert_load: list[int] = []
     num_dropped: int = 0
     num_moved: int = 0
+    num_single_experts: int = 0
 
 
 class Failed(msgspec.Struct, frozen=True, array_like=True, tag=14):

@@ -5,6 +5,7 @@ block all others: here every handshake runs in a thread of its own with a limit.
 The key authenticates the handshake only; the link belongs on an internal interface.
 """
 
+import contextlib
 import socket
 import struct
 import threading
@@ -66,6 +67,8 @@ class RankListener:
 
     def close(self) -> None:
         """Stop accepting."""
+        with contextlib.suppress(OSError):  # closed before
+            self._socket.shutdown(socket.SHUT_RDWR)  # closing alone would not wake the thread that accepts
         self._socket.close()
 
     def _accept(self) -> None:

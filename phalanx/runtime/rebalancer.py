@@ -125,14 +125,14 @@ def solve(
         problems: by layer.
         slots_per_rank: s.
         max_moved: share of the slots that may change, except where only a fresh solve helps.
-        min_replicas: copies that every expert keeps, or gets first.
+        min_replicas: copies that every expert keeps; where some are missing they come first, and only few moves.
     """
     found = {}
     for layer, (load_E, placement, topology) in problems.items():
         limit = max(2, int(max_moved * placement.num_slots))  # an exchange changes two
         near = incremental.place_layer(load_E, topology, slots_per_rank, placement, limit, min_replicas)
         reached = near.balancedness(load_E, slots_per_rank)
-        if reached < POOR:
+        if reached < POOR and not placement.missing_copies(min_replicas):
             fresh = spread.place_layer(load_E, topology, slots_per_rank, placement, min_replicas)
             if fresh.balancedness(load_E, slots_per_rank) >= reached + FRESH_GAIN:
                 near = fresh

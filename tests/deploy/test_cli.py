@@ -345,9 +345,10 @@ def test_status_shows_every_replica() -> None:
         num_generated_tokens=7,
         data=1,
         scale=ReplicaScale(0, 1, 2, "PREPARING", "", "grow"),
-        expert_load=(),
+        expert_load=(30, 10),
         num_dropped=0,
         num_moved=0,
+        num_single_experts=3,
     )
     out = io.StringIO()
     state = ClusterState("0.1.0", "tiny", True, JobCounts(1, 2, 3), (replica,))
@@ -358,6 +359,7 @@ def test_status_shows_every_replica() -> None:
     assert text.splitlines()[3].split() == ["0", "ready", "#3", "1", "2", "1", "90", "of", "100", "25", "%", "7"]
     assert "replica 0: rank 0 (pp 0, dp 0, tp 0) node a pid 2 cpu" in text
     assert "replica 0: scaling 1 -> 2 (grow): PREPARING" in text
+    assert "expert load per rank: 30, 10 tokens (balancedness 0.67), 0 moved, 3 experts have one copy" in text
     assert "last failure: rank 1 died [x]" in text
 
 

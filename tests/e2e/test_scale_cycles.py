@@ -54,14 +54,16 @@ def pids(llm: LLM) -> dict[int, int]:
 def scale(llm: LLM, traffic: Traffic, op_id: str, target: int) -> tuple[ScaleOp, float]:
     """Carry an operation out under load; returns it and the time between the tokens before and after its commit."""
     op, mesh = llm.engine.scale(op_id, target, time.monotonic()), llm.engine.mesh
-    generation = mesh.generation
-    traffic.until(lambda: op.is_over)
+    generation, deadline, seen = mesh.generation, time.monotonic() + 20, 0
+    while not op.is_over:
+        assert time.monotonic() < deadline, f"the operation is still {op.phase}"
+        seen = len(traffic.times)
+        traffic.turn()
     if op.phase != "DONE":
         return op, 0.0
     assert mesh.generation > generation
-    before, seen = traffic.times[-1], len(traffic.times)
-    traffic.until(lambda: len(traffic.times) > seen)
-    return op, traffic.times[seen] - before
+    traffic.until(lambda: len(traffic.times) > seen)  # the turn of the commit may have brought tokens already
+    return op, traffic.times[seen] - traffic.times[seen - 1]
 
 
 @pytest.mark.multi
@@ -69,14 +71,14 @@ def test_cycles(moe_oracle: Oracle, record_property: Callable[[str, object], Non
     moe = {"dispatch": "flat", "redundant_experts": 2}
     with forked_ranks(), LLM(str(moe_oracle.path), data=2, moe=moe, **SHARING_CORES, **LIMITS) as llm:
         traffic = Traffic(llm.engine, moe_oracle, NUM_STREAMS)
-        pauses: list[float] = []
+        pauses: dict[int, list[float]] = {4: [], 3: [], 2: []}
         states: list[tuple[Held, ...]] = []
         for cycle in range(NUM_CYCLES):
             for target in (4, 3, 2):
                 traffic.turns(6)
                 op, pause = scale(llm, traffic, f"{cycle}-{target}", target)
                 assert op.phase == "DONE", op.detail
-                pauses.append(pause)
+                pauses[target].append(pause)
                 assert len(llm.engine.mesh.units) == len(pids(llm)) == target
                 planner_of(llm.engine).check()
                 llm.engine.scheduler.check()
@@ -86,19 +88,20 @@ def test_cycles(moe_oracle: Oracle, record_property: Callable[[str, object], Non
         assert traffic.num_done >= NUM_STREAMS
         assert llm.engine.mesh.units == (0, 1)
     median = statistics.median(traffic.gaps)
-    for name, value in {
-        "median step": median,
-        "median commit": statistics.median(pauses),
-        "worst commit": max(pauses),
-        "worst gap": max(traffic.gaps),
-    }.items():
-        record_property("table", (TITLE, f"{NUM_CYCLES} cycles", name, f"{1000 * value:.0f}"))
+    record_property("table", (TITLE, "step", "median", f"{1000 * median:.0f}"))
+    record_property("table", (TITLE, "step", "worst", f"{1000 * max(traffic.gaps):.0f}"))
+    for target, seconds in pauses.items():
+        record_property("table", (TITLE, f"commit to {target}", "median", f"{1000 * statistics.median(seconds):.0f}"))
+        record_property("table", (TITLE, f"commit to {target}", "worst", f"{1000 * max(seconds):.0f}"))
     first, last = states[1], states[-1]
-    record_property("table", (TITLE, "held after cycle 2 and at the end", "engine, rank 0, rank 1", f"{first} {last}"))
+    for when, all_held in (("cycle 2", first), (f"cycle {NUM_CYCLES}", last)):
+        text = ", ".join(f"{one.descriptors} + {one.threads}" for one in all_held)
+        record_property("table", ("descriptors + threads of engine, rank 0, rank 1", "after", when, text))
     for before, after in zip(first, last, strict=True):
         assert after.descriptors <= before.descriptors + 2, "no descriptor per generation"
         assert after.threads <= before.threads + 1, "no thread per generation"
-    assert statistics.median(pauses) < median + COMMIT_S
+    everything = [second for seconds in pauses.values() for second in seconds]
+    assert statistics.median(everything) < median + COMMIT_S
 
 
 def die(rank: int, victim: int, phase: str) -> None:
@@ -153,7 +156,7 @@ def test_a_kill_in_every_phase(moe_oracle: Oracle, victim: int, phase: str, unit
         traffic.turns(10)
         op, _ = scale(llm, traffic, "op", 3)
         traffic.until(lambda: mesh.units == units and not mesh.holds)
-        assert op.phase == ("DONE" if phase == "entering" else "ABORTED") or victim in (0, 2)
+        assert op.phase == ("DONE" if phase == "entering" else "ABORTED")
         traffic.turns(10)
         traffic.finish()
         assert set(pids(llm)) == set(units)
@@ -186,9 +189,12 @@ def test_undone_and_tried_again(moe_oracle: Oracle) -> None:
 def test_a_member_lost_without_shrink_ends_it(moe_oracle: Oracle) -> None:
     hook = functools.partial(die, victim=0, phase="building")
     moe = {"dispatch": "flat", "redundant_experts": 6}
-    with forked_ranks(hook=hook), LLM(str(moe_oracle.path), data=2, moe=moe, **SHARING_CORES, **LIMITS) as llm:
-        with pytest.raises(ReplicaLostError, match="rank 0"):
-            llm.scale(3)
+    with (
+        forked_ranks(hook=hook),
+        LLM(str(moe_oracle.path), data=2, moe=moe, **SHARING_CORES, **LIMITS) as llm,
+        pytest.raises(ReplicaLostError, match="rank 0"),
+    ):
+        llm.scale(3)
 
 
 @pytest.mark.multi

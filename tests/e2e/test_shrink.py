@@ -8,12 +8,16 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
 
 from phalanx import LLM, SamplingParams
 from phalanx.errors import ReplicaLostError
 from phalanx.moe.placement.types import LayerPlacement
+from phalanx.parallel.torch_transport import TorchTransport
+from phalanx.parallel.transport import Pending, Request
+from phalanx.runtime import replica_mesh
 from phalanx.runtime.executor.processes import ProcessExecutor
 from phalanx.runtime.rank_experts import RankExperts
 from tests.support.engines import SHARING_CORES, Hook, forked_ranks
@@ -220,3 +224,28 @@ def test_restart_is_the_default(moe_oracle: Oracle) -> None:
         kill(llm, 1)
         with pytest.raises(ReplicaLostError, match="rank 1"):
             traffic.turns(100)
+
+
+def break_once(rank: int, victim: int, after: int) -> None:
+    """A hook: one exchange of one rank fails although nobody is dead."""
+    start, count = TorchTransport.start, 0
+
+    def breaking(self: TorchTransport, request: Request) -> Pending:
+        nonlocal count
+        count += 1
+        if rank == victim and count == after:
+            raise ReplicaLostError("a cable was pulled")
+        return start(self, request)
+
+    TorchTransport.start = breaking  # type: ignore[method-assign]
+
+
+@pytest.mark.multi
+def test_a_step_that_fails_while_all_live_is_not_waited_for(moe_oracle: Oracle) -> None:
+    hook = functools.partial(break_once, victim=1, after=200)
+    with (
+        mock.patch.object(replica_mesh, "BROKEN_S", 0.3),
+        running(moe_oracle, data=3, redundant=12, hook=hook) as llm,
+        pytest.raises(ReplicaLostError, match=r"a step failed although every rank is alive: (.|\n)*a peer is gone"),
+    ):
+        Traffic(llm.engine, moe_oracle, NUM_STREAMS).turns(500)

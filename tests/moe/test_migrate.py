@@ -59,10 +59,9 @@ def carry_out(old: LayerPlacement, batches: list[MoveBatch], group: Group, stagi
 def test_batches_lead_to_the_new_placement(redundant: bool, data: st.DataObject) -> None:
     group = data.draw(groups(max_ranks=8, redundant=redundant))
     old, new = data.draw(layers(group, version=5)), data.draw(layers(group))
-    staging_rows = data.draw(st.integers(1, 3))
-    batches = plan_moves(old, new, group.topology, slots_per_rank=group.slots_per_rank, staging_rows=staging_rows)
+    staging_rows, kept, size = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 3)), group.slots_per_rank
+    batches = plan_moves(old, new, group.topology, slots_per_rank=size, staging_rows=staging_rows, min_replicas=kept)
     rows = carry_out(old, batches, group, staging_rows)
-    size = group.slots_per_rank
     for rank in range(group.num_ranks):
         wanted = {f"expert {expert}" for expert in new.experts_of(rank, size)}
         assert set(rows[rank * size : (rank + 1) * size]) == wanted
@@ -96,6 +95,22 @@ def test_plan_of_a_big_group_is_short(shape: study.Shape) -> None:
         batches = plan_moves(old, new, topology, slots_per_rank=size, staging_rows=2)
         carry_out(old, batches, group, 2)
         assert len(batches) <= most
+
+
+@pytest.mark.parametrize(("ranks", "experts", "size"), [(8, 64, 16), (8, 64, 20), (64, 256, 8)])
+def test_second_copies_stay_live_on_the_way(ranks: int, experts: int, size: int) -> None:
+    """Between two placements with each expert twice, with no slot to spare too; without asking they do not."""
+    rng, topology = np.random.default_rng(0), EpTopology.uniform(ranks // 4, 4)
+    load_E = study.zipf(rng, experts, 1.0)
+    old = spread.place_layer(load_E, topology, size, min_replicas=2)
+    new = spread.place_layer(study.noisy(rng, load_E, 0.3), topology, size, old, 2)
+    batches, hasty = (
+        plan_moves(old, new, topology, slots_per_rank=size, staging_rows=4, min_replicas=kept) for kept in (2, 1)
+    )
+    carry_out(old, batches, Group(topology, experts, size), 4)
+    assert all(min(batch.layer.num_replicas) >= 2 for batch in batches)
+    assert not all(min(batch.layer.num_replicas) >= 2 for batch in hasty)
+    assert len(batches) <= 2 * len(hasty)
 
 
 def test_plan_refuses_what_does_not_fit() -> None:
@@ -153,6 +168,47 @@ def test_shrink_refuses_with_the_numbers() -> None:
         shrink_target(layer, EpTopology.uniform(1, 4), [0, 4], slots_per_rank=3)
     with pytest.raises(ConfigError, match=r"placement without 1 ranks: experts \[2\] \(1 of 3\) are on no rank"):
         drop_ranks(LayerPlacement(0, (0, 1, 2, 0)), [0], slots_per_rank=2)
+
+
+@given(data=st.data())
+@quick
+def test_shrink_keeps_several_copies_with_the_fewest_moves(data: st.DataObject) -> None:
+    group, wanted = data.draw(groups(max_slots=8, redundant=True)), data.draw(st.integers(1, 3))
+    size, old = group.slots_per_rank, data.draw(layers(group))
+    survivors = data.draw(st.sets(st.integers(0, group.num_ranks - 1), min_size=-(-group.num_experts // size)))
+    target = shrink_target(old, group.topology, survivors, slots_per_rank=size, min_replicas=wanted)
+    assert is_valid(target.physical_to_logical, group)
+    least = max(1, min(wanted, len(survivors) * size // group.num_experts))
+    before, after = (Counter(e for rank in survivors for e in x.experts_of(rank, size)) for x in (old, target))
+    assert all(after[expert] >= min(before[expert], least) for expert in range(group.num_experts))
+    assert min(after[expert] for expert in range(group.num_experts)) >= least
+    changed = sum(a != b for a, b in zip(old.physical_to_logical, target.physical_to_logical, strict=True))
+    assert changed == sum(max(0, least - before[expert]) for expert in range(group.num_experts))
+    assert target.version == old.version + bool(changed)
+    dropped = drop_ranks(target, survivors, slots_per_rank=size)
+    assert dropped.missing_copies(wanted) == 0
+
+
+@pytest.mark.parametrize(("size", "singles"), [(24, 0), (16, 32)])
+def test_a_scale_down_leaves_second_copies_where_they_fit(size: int, singles: int) -> None:
+    """From 8 ranks to 6; 96 slots hold 64 experts, but not twice: copies are then as the load had them."""
+    topology = EpTopology.uniform(2, 4)
+    old = linear.linear([64], 8, size).layers[0]
+    target = shrink_target(old, topology, range(6), slots_per_rank=size, min_replicas=2)
+    assert drop_ranks(target, range(6), slots_per_rank=size).num_replicas.count(1) == singles
+
+
+@given(data=st.data())
+@quick
+def test_new_ranks_bring_missing_copies_first(data: st.DataObject) -> None:
+    group, num_new = data.draw(groups(max_ranks=5)), data.draw(st.integers(1, 4))
+    old, load_E, size = data.draw(layers(group)), data.draw(loads(group.num_experts)), group.slots_per_rank
+    topology = EpTopology.uniform(1, group.num_ranks + num_new)
+    new = add_ranks(old, num_new, size, load_E, topology, 2)
+    assert is_valid(new.physical_to_logical, Group(topology, group.num_experts, size))
+    single = old.num_replicas.count(1)
+    if topology.num_ranks * size >= 2 * group.num_experts:
+        assert new.num_replicas.count(1) == max(0, single - num_new * size)
 
 
 @given(data=st.data())

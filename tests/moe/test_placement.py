@@ -60,17 +60,70 @@ def test_incremental_keeps_its_budget_and_never_gets_worse(data: st.DataObject) 
     assert (new.version == old.version) == (changed == 0)
 
 
+def missing(layer: LayerPlacement, group: Group, wanted: int) -> list[int]:
+    """Per expert the copies it lacks; by the definition, which is that of the product in other words."""
+    least = min(wanted, group.num_slots // group.num_experts)
+    return [max(0, least - layer.physical_to_logical.count(expert)) for expert in range(group.num_experts)]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@given(data=st.data())
+@quick
+def test_a_fresh_placement_has_as_many_copies_of_each_as_fit(policy: str, data: st.DataObject) -> None:
+    group, wanted = data.draw(groups(max_ranks=8)), data.draw(st.integers(1, 4))
+    place = plugins.load("moe/placement", policy).place
+    load_LE = [data.draw(loads(group.num_experts))]
+    (made,) = place(load_LE, group.topology, slots_per_rank=group.slots_per_rank, min_replicas=wanted).layers
+    assert is_valid(made.physical_to_logical, group)
+    assert not any(missing(made, group, wanted))
+    assert made.missing_copies(wanted) == 0
+
+
+@given(data=st.data())
+@quick
+def test_incremental_restores_copies_first_and_takes_none(data: st.DataObject) -> None:
+    group, wanted = data.draw(groups(max_ranks=12)), data.draw(st.integers(2, 4))
+    load_E, old = data.draw(loads(group.num_experts)), data.draw(layers(group))
+    limit = data.draw(st.integers(0, group.num_slots))
+    new = incremental.place_layer(load_E, group.topology, group.slots_per_rank, old, limit, wanted)
+    before, after = missing(old, group, wanted), missing(new, group, wanted)
+    assert sum(after) == max(0, sum(before) - limit), "a copy per slot of the budget"
+    assert old.missing_copies(wanted) == sum(before)
+    assert all(now <= then for now, then in zip(after, before, strict=True))
+    assert is_valid(new.physical_to_logical, group)
+    assert sum(a != b for a, b in zip(old.physical_to_logical, new.physical_to_logical, strict=True)) <= limit
+    if not any(before):
+        assert new.balancedness(load_E, group.slots_per_rank) >= old.balancedness(load_E, group.slots_per_rank) - 1e-9
+
+
+@pytest.mark.parametrize("skew", study.SKEWS)
+def test_second_copies_cost_little_balance(skew: float) -> None:
+    """64 experts twice in 128 or 144 slots: up to 38 have one copy unless asked; asked, a solve stays balanced."""
+    topology, load_E = EpTopology.uniform(2, 4), study.zipf(np.random.default_rng(0), 64, skew)
+    for size, least in ((16, 0.93), (18, 0.98)):
+        layer = spread.place_layer(load_E, topology, size)
+        singles, limit = layer.num_replicas.count(1), 8 * size // 10
+        double = spread.place_layer(load_E, topology, size, min_replicas=2)
+        assert singles >= 10
+        assert min(double.num_replicas) == 2
+        assert double.balancedness(load_E, size) >= least
+        for _ in range(-(-singles // limit) + 2):
+            assert min(layer.num_replicas) == 1 + (singles <= 0)
+            layer, singles = incremental.place_layer(load_E, topology, size, layer, limit, 2), singles - limit
+        assert layer.balancedness(load_E, size) >= least - 0.03
+
+
 @given(data=st.data())
 @quick
 def test_judged_changes_come_true(data: st.DataObject) -> None:
     """The loads a working table carries along, and the peaks it predicts, equal those of the table made anew."""
     group = data.draw(groups(max_ranks=8))
     load_E, old = data.draw(loads(group.num_experts)), data.draw(layers(group))
-    work = WorkingTable.of(old, load_E, group.topology, group.slots_per_rank)
+    work = WorkingTable.of(old, load_E, group.topology, group.slots_per_rank, data.draw(st.integers(1, 3)))
     for _ in range(6):
         hot = int(work.rank_load_P.argmax())
-        swap, mean = work.best_swap(hot), float(work.rank_load_P.mean())
-        changes = [*work.replicas(hot), *work.cooling_swaps(hot, mean), *([swap] if swap else [])]
+        swap, repair, mean = work.best_swap(hot), work.repair(), float(work.rank_load_P.mean())
+        changes = [*work.replicas(hot), *work.cooling_swaps(hot, mean), *filter(None, (swap, repair))]
         if not changes:
             break
         change = changes[data.draw(st.integers(0, len(changes) - 1))]
@@ -133,6 +186,9 @@ def test_add_replicas_follows_the_load() -> None:
     assert count_E.tolist() == [4, 2, 1, 1]
     assert spread.add_replicas(np.zeros(4), np.ones(4, dtype=np.int64), 8, 4).tolist() == [2, 2, 2, 2]
     assert spread.add_replicas(np.array([9.0, 1, 1]), np.ones(3, dtype=np.int64), 6, 2).tolist() == [2, 2, 2]
+    old_E = np.array([3, 1, 2, 1])
+    assert spread.add_replicas(np.array([9.0, 1, 1, 2]), old_E, 8, 9, 2).tolist() == [3, 1, 2, 2]
+    assert spread.add_replicas(np.array([9.0, 1, 1, 2]), old_E, 10, 9, 2).tolist() == [4, 2, 2, 2]
 
 
 def test_tables_and_digest() -> None:

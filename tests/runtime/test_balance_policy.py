@@ -67,6 +67,18 @@ def test_a_refused_layer_rests_until_it_gets_worse_a_taken_one_goes_on() -> None
     assert chosen.decide(200, busy=False).layers == (0,)
 
 
+def test_missing_copies_wait_for_nothing_and_are_taken() -> None:
+    chosen = policy(1.0, 0.5, 1.0, tokens=0)
+    chosen.observe([LayerView(1.0, 0, 3), LayerView(0.5, 0), LayerView(1.0, 0, 1)])
+    assert chosen.decide(1, busy=True).layers == ()
+    assert chosen.decide(1, busy=False) == ((0, 2), "experts of 2 of 3 layers lack copies")
+    proposals = {0: Proposal(1.0, 0.8, 9, num_restored=2), 2: Proposal(1.0, 0.8, 9)}
+    assert chosen.accept(proposals, step_s=0.01, bytes_per_s=1.0) == (0,)
+    off = policy(0.1, config=replace(CONFIG, interval_steps=0))
+    off.observe([LayerView(0.1, 1000, 3)])
+    assert off.decide(10**6, busy=False).layers == ()
+
+
 def test_another_group_starts_anew() -> None:
     chosen = policy(0.9)
     chosen.accept({0: Proposal(0.9, 0.91, 5)}, **FREE)

@@ -72,6 +72,8 @@ def _last_words(replica: ReplicaStatus) -> list[str]:
         balance = sum(replica.expert_load) / len(replica.expert_load) / max(replica.expert_load)
         loads = ", ".join(map(str, replica.expert_load))
         experts = [f"expert load per rank: {loads} tokens (balancedness {balance:.2f}), {replica.num_moved} moved"]
+        if replica.num_single_experts:
+            experts[0] += f", {replica.num_single_experts} experts have one copy"
     return [*experts, *under_way, *([f"last failure: {replica.error}"] if replica.error else [])]
 
 

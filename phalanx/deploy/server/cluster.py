@@ -122,4 +122,5 @@ def _replica_status(replica: Replica, scaling: Scaling) -> pb.ReplicaStatus:
         status.num_generated_tokens = replica.heartbeat.num_generated_tokens
         status.expert_load.extend(replica.heartbeat.expert_load)
         status.num_dropped, status.num_moved = replica.heartbeat.num_dropped, replica.heartbeat.num_moved
+        status.num_single_experts = replica.heartbeat.num_single_experts
     return status

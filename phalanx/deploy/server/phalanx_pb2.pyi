@@ -268,7 +268,7 @@ class StatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class ReplicaStatus(_message.Message):
-    __slots__ = ("replica", "state", "incarnation", "ranks", "num_jobs", "num_running", "num_waiting", "num_free_blocks", "num_total_blocks", "block_size", "startup_s", "max_model_len", "max_request_tokens", "error", "num_preemptions", "prefix_queries", "prefix_hits", "num_generated_tokens", "data", "scale", "expert_load", "num_dropped", "num_moved")
+    __slots__ = ("replica", "state", "incarnation", "ranks", "num_jobs", "num_running", "num_waiting", "num_free_blocks", "num_total_blocks", "block_size", "startup_s", "max_model_len", "max_request_tokens", "error", "num_preemptions", "prefix_queries", "prefix_hits", "num_generated_tokens", "data", "scale", "expert_load", "num_dropped", "num_moved", "num_single_experts")
     class StartupSEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -299,6 +299,7 @@ class ReplicaStatus(_message.Message):
     EXPERT_LOAD_FIELD_NUMBER: _ClassVar[int]
     NUM_DROPPED_FIELD_NUMBER: _ClassVar[int]
     NUM_MOVED_FIELD_NUMBER: _ClassVar[int]
+    NUM_SINGLE_EXPERTS_FIELD_NUMBER: _ClassVar[int]
     replica: int
     state: str
     incarnation: int
@@ -322,7 +323,8 @@ class ReplicaStatus(_message.Message):
     expert_load: _containers.RepeatedScalarFieldContainer[int]
     num_dropped: int
     num_moved: int
-    def __init__(self, replica: _Optional[int] = ..., state: _Optional[str] = ..., incarnation: _Optional[int] = ..., ranks: _Optional[_Iterable[str]] = ..., num_jobs: _Optional[int] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., num_total_blocks: _Optional[int] = ..., block_size: _Optional[int] = ..., startup_s: _Optional[_Mapping[str, float]] = ..., max_model_len: _Optional[int] = ..., max_request_tokens: _Optional[int] = ..., error: _Optional[str] = ..., num_preemptions: _Optional[int] = ..., prefix_queries: _Optional[int] = ..., prefix_hits: _Optional[int] = ..., num_generated_tokens: _Optional[int] = ..., data: _Optional[int] = ..., scale: _Optional[_Union[ReplicaScale, _Mapping]] = ..., expert_load: _Optional[_Iterable[int]] = ..., num_dropped: _Optional[int] = ..., num_moved: _Optional[int] = ...) -> None: ...
+    num_single_experts: int
+    def __init__(self, replica: _Optional[int] = ..., state: _Optional[str] = ..., incarnation: _Optional[int] = ..., ranks: _Optional[_Iterable[str]] = ..., num_jobs: _Optional[int] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., num_total_blocks: _Optional[int] = ..., block_size: _Optional[int] = ..., startup_s: _Optional[_Mapping[str, float]] = ..., max_model_len: _Optional[int] = ..., max_request_tokens: _Optional[int] = ..., error: _Optional[str] = ..., num_preemptions: _Optional[int] = ..., prefix_queries: _Optional[int] = ..., prefix_hits: _Optional[int] = ..., num_generated_tokens: _Optional[int] = ..., data: _Optional[int] = ..., scale: _Optional[_Union[ReplicaScale, _Mapping]] = ..., expert_load: _Optional[_Iterable[int]] = ..., num_dropped: _Optional[int] = ..., num_moved: _Optional[int] = ..., num_single_experts: _Optional[int] = ...) -> None: ...
 
 class JobCounts(_message.Message):
     __slots__ = ("queued", "running", "finished")
