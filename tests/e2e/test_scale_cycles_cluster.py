@@ -1,6 +1,7 @@
 """Three times 2 -> 4 -> 3 -> 2 data-parallel ranks over two Ray nodes, under 16 streams that never end.
 
-Every stream equals that of one undisturbed rank; nothing is left open. About 25 s on two quiet cores; set CYCLES to 10 for a soak.
+Every stream equals that of one undisturbed rank; nothing is left open. About 25 s on two quiet cores; set CYCLES to 10
+for a soak.
 """
 
 import time
