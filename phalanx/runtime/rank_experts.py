@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from phalanx.errors import PhalanxError, ReplicaLostError
+from phalanx.errors import ConfigError, PhalanxError, ReplicaLostError
 from phalanx.kernels import memory
 from phalanx.kernels.experts import Experts
 from phalanx.models.loading import read_config
@@ -103,7 +103,17 @@ class RankExperts:
                 self.fabric = calibration.measure(self._current.transport, traffic, mesh.device)
 
     def attach(self, experts: Sequence[Experts]) -> None:
-        """Take the weights of the stage's MoE layers, loaded already; they are moved from and into."""
+        """Take the weights of the stage's MoE layers, loaded already; they are moved from and into.
+
+        Raises:
+            ConfigError: exact mode, with a back end whose rows depend on what else is in the batch.
+        """
+        varying = sorted({one.impl for one in experts if not one.batch_invariant})
+        if self._orders.exact and varying:
+            raise ConfigError(
+                f"moe.exact: the bits of a row of {varying[0]} experts depend on the rows beside it; use another back "
+                "end, for example kernels: {experts: loop} on a CPU, or exact: false"
+            )
         self._rows = [one.rows for one in experts]
         self._kinds = sorted({f"{one.impl}:{one.rows.shape[1]}" for one in experts})
         widest = max((rows.shape[1] for rows in self._rows), default=0)  # a stage may have dense layers only

@@ -155,3 +155,8 @@ def test_an_interrupt_leaves_the_engine_usable(llm, monkeypatch):
         patch.setattr(llm.engine, "step", interrupted)
         with pytest.raises(KeyboardInterrupt):
             llm.generate([IDS, IDS[3:]], GREEDY)
+
+
+def test_exact_mode_needs_rows_that_stand_alone():
+    with pytest.raises(ConfigError, match=r"moe\.exact: the bits of a row of grouped_mm experts depend"):
+        LLM("tiny-moe", device="cpu", dtype="float32", moe={"exact": True}, kernels={"experts": "grouped_mm"})

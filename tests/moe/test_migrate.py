@@ -173,7 +173,8 @@ def test_shrink_refuses_with_the_numbers() -> None:
 @given(data=st.data())
 @quick
 def test_shrink_keeps_several_copies_with_the_fewest_moves(data: st.DataObject) -> None:
-    group, wanted = data.draw(groups(max_slots=8, redundant=True)), data.draw(st.integers(1, 3))
+    wanted = data.draw(st.integers(1, 3))
+    group = data.draw(groups(max_slots=8, copies=wanted))
     size, old = group.slots_per_rank, data.draw(layers(group))
     survivors = data.draw(st.sets(st.integers(0, group.num_ranks - 1), min_size=-(-group.num_experts // size)))
     target = shrink_target(old, group.topology, survivors, slots_per_rank=size, min_replicas=wanted)

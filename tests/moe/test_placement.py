@@ -70,7 +70,8 @@ def missing(layer: LayerPlacement, group: Group, wanted: int) -> list[int]:
 @given(data=st.data())
 @quick
 def test_a_fresh_placement_has_as_many_copies_of_each_as_fit(policy: str, data: st.DataObject) -> None:
-    group, wanted = data.draw(groups(max_ranks=8)), data.draw(st.integers(1, 4))
+    wanted = data.draw(st.integers(1, 3))
+    group = data.draw(groups(max_ranks=8, copies=data.draw(st.integers(1, wanted))))
     place = plugins.load("moe/placement", policy).place
     load_LE = [data.draw(loads(group.num_experts))]
     (made,) = place(load_LE, group.topology, slots_per_rank=group.slots_per_rank, min_replicas=wanted).layers
@@ -82,7 +83,8 @@ def test_a_fresh_placement_has_as_many_copies_of_each_as_fit(policy: str, data: 
 @given(data=st.data())
 @quick
 def test_incremental_restores_copies_first_and_takes_none(data: st.DataObject) -> None:
-    group, wanted = data.draw(groups(max_ranks=12)), data.draw(st.integers(2, 4))
+    wanted = data.draw(st.integers(2, 3))
+    group = data.draw(groups(max_ranks=12, copies=data.draw(st.integers(1, wanted))))
     load_E, old = data.draw(loads(group.num_experts)), data.draw(layers(group))
     limit = data.draw(st.integers(0, group.num_slots))
     new = incremental.place_layer(load_E, group.topology, group.slots_per_rank, old, limit, wanted)
@@ -94,6 +96,14 @@ def test_incremental_restores_copies_first_and_takes_none(data: st.DataObject) -
     assert sum(a != b for a, b in zip(old.physical_to_logical, new.physical_to_logical, strict=True)) <= limit
     if not any(before):
         assert new.balancedness(load_E, group.slots_per_rank) >= old.balancedness(load_E, group.slots_per_rank) - 1e-9
+
+
+def test_a_second_copy_beside_the_first_is_better_than_none() -> None:
+    """Expert 3 is in the node of ranks 0 to 2, and only there a slot can be spared."""
+    old = LayerPlacement(0, (0, 3, 0, 1, 0, 2, 2, 1))
+    new = incremental.place_layer(np.ones(4), EpTopology.of_names("aaab"), 2, old, 1, 2)
+    assert new.num_replicas == (2, 2, 2, 2)
+    assert new.experts_of(3, 2) == (2, 1)
 
 
 @pytest.mark.parametrize("skew", study.SKEWS)

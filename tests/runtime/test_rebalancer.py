@@ -94,7 +94,7 @@ def test_skewed_load_takes_no_second_copy() -> None:
 
 
 def test_after_a_lost_rank() -> None:
-    """A rank of 8 dies, and 140 slots still hold all twice: repaired without steps of requests in between."""
+    """A rank of 8 dies, and 140 slots still hold all twice: the first look is at once."""
     planner = planner_of(ALL_DOUBLE)
     rebalancer = Rebalancer(planner)
     run(planner, rebalancer, 50)
@@ -103,19 +103,38 @@ def test_after_a_lost_rank() -> None:
     planner.enter([EpTopology.of_names("aaabbbb")], after.placements())
     rebalancer.enter()
     assert num_single_experts(CONFIG, planner.placements) > 0
-    assert run(planner, rebalancer, 40) < 40
+    assert run(planner, rebalancer, 40) < 6
     assert num_single_experts(CONFIG, planner.placements) == 0
 
 
 def test_scaling_down_moves_second_copies_too() -> None:
     planner = planner_of(ALL_DOUBLE)
-    smaller = NextGeneration(range(8), range(7), planner, 1)
-    assert smaller.is_evacuated, "no expert is only on the last rank"
+    smaller = NextGeneration(range(8), [0, 1, 2, 4, 5, 6, 7], planner, 1)
+    assert smaller.is_evacuated, "no expert is only on the one that goes"
+    assert {min(layer.num_replicas) for layer in smaller.placements()} == {1}
     planner.migrate(smaller.evacuation())
     run(planner, Rebalancer(planner), 50)
     assert smaller.evacuation() == {}
     assert {min(layer.num_replicas) for layer in smaller.placements()} == {2}
-    assert NextGeneration(range(8), range(9), planner, 1).evacuation() == {}, "nobody leaves"
+
+
+def test_ranks_that_join_bring_second_copies() -> None:
+    planner = planner_of(SOME_SINGLE)
+    larger = NextGeneration(range(8), range(9), planner, 1)
+    assert larger.evacuation() == {}, "nobody leaves"
+    before, after = num_single_experts(CONFIG, planner.placements), num_single_experts(CONFIG, larger.placements())
+    assert after == before - 2 * SLOTS
+
+
+def test_forced_it_restores_what_one_look_may_move() -> None:
+    planner = planner_of(SOME_SINGLE, replace(CONFIG, rebalance_interval=0))
+    rebalancer = Rebalancer(planner)
+    rebalancer.force()
+    run(planner, rebalancer, 50)
+    limit = int(CONFIG.max_moved * SOME_SINGLE.num_slots)
+    assert [layer.num_replicas.count(1) for layer in planner.placements] == [
+        SOME_SINGLE.num_replicas.count(1) - limit
+    ] * 2
 
 
 @pytest.mark.parametrize(

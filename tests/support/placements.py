@@ -25,11 +25,13 @@ class Group(NamedTuple):
 
 
 @st.composite
-def groups(draw: st.DrawFn, max_ranks: int = 7, max_slots: int = 5, redundant: bool | None = None) -> Group:
-    """P * s >= E and s <= E; `redundant` True or False for S > E or S = E only."""
-    num_ranks = draw(st.integers(2 if redundant else 1, max_ranks))
+def groups(
+    draw: st.DrawFn, max_ranks: int = 7, max_slots: int = 5, redundant: bool | None = None, copies: int = 1
+) -> Group:
+    """P * s >= copies * E and s <= E; `redundant` True or False for S > E or S = E only."""
+    num_ranks = draw(st.integers(2 if redundant else copies, max_ranks))
     slots = draw(st.integers(1, max_slots))
-    most = num_ranks * slots
+    most = num_ranks * slots // copies
     experts = most if redundant is False else draw(st.integers(slots, most - bool(redundant)))
     names = draw(st.lists(st.sampled_from("abc"), min_size=num_ranks, max_size=num_ranks))
     return Group(EpTopology.of_names(names), experts, slots)
