@@ -146,10 +146,10 @@ def test_an_interrupt_leaves_the_engine_usable(llm, monkeypatch):
     steps = iter(range(5))
     step = llm.engine.step
 
-    def interrupted(timeout_s: float) -> Any:
+    def interrupted(timeout_s: float, **options: Any) -> Any:
         if next(steps, None) is None:
             raise KeyboardInterrupt
-        return step(timeout_s)
+        return step(timeout_s, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(llm.engine, "step", interrupted)
