@@ -32,7 +32,7 @@ server: {listen: '127.0.0.1:0', metrics: 'off'}
 ASKS = [
     Ask(
         f"class Thing{number}:\n    def ",
-        SamplingParams(max_tokens=200, temperature=float(number % 2), seed=number, ignore_eos=True),
+        SamplingParams(max_tokens=300, temperature=float(number % 2), seed=number, ignore_eos=True),
     )
     for number in range(16)
 ]
