@@ -265,14 +265,11 @@ class RankExperts:
             self._send(MovesDone(self._spec.rank, done, failed))
 
     def _start(self, task: _Task, mover: Mover) -> list[Sending]:
-        """A row and its trailer are two messages, so that the row need not be copied."""
-        width, tag = self._row_bytes(task), 2 * task.move.id
+        """A row and its trailer are one message: a second one costs more than copying the row."""
         if task.is_source:
-            row, trailer = self._sealed(task)
-            return [mover.send(row, task.peer, tag), mover.send(trailer, task.peer, tag + 1)]
+            return [mover.send(torch.cat(self._sealed(task)), task.peer, task.move.id)]
         staged = self._staging[task.move.staging]
-        parts = (staged[:width], staged[width : width + TRAILER.size])
-        return [mover.receive(part, task.peer, tag + i) for i, part in enumerate(parts)]
+        return [mover.receive(staged[: self._row_bytes(task) + TRAILER.size], task.peer, task.move.id)]
 
     def _row_bytes(self, task: _Task) -> int:
         return self._rows[task.move.layer - self._first_layer].shape[1]
