@@ -130,7 +130,10 @@ def _obey(worker: "Worker", order: plan.Order, sender: "Sender") -> None:
             if failure:  # not in the handler: the error keeps the groups' connections open
                 worker.break_off()
                 sender.send(plan.encode(plan.StepFailed(worker.spec.rank, order.generation, failure)))
-            elif result is not None:
+                return
+            if worker.experts is not None:
+                worker.experts.acknowledge()
+            if result is not None:
                 sender.put(result)
         case plan.Enter():
             worker.enter(order)

@@ -79,6 +79,8 @@ class RankExperts:
         self._lock = threading.Lock()
         self._prepared: dict[int, Membership] = {}
         self._discarded = -1
+        self._done: list[int] = []
+        self._failed: list[int] = []
         self._current: Membership | None = None
         self._rows: list[Tensor] = []
         self._kinds: list[str] = []
@@ -261,6 +263,14 @@ class RankExperts:
                     (done if self._is_sound(task) else failed).append(task.move.id)
         except ReplicaLostError:
             return  # the step fails, too, and says so
+        with self._lock:
+            self._done += done
+            self._failed += failed
+
+    def acknowledge(self) -> None:
+        """Tell the engine which rows have arrived: with a step's end, for which it wakes up anyway."""
+        with self._lock:
+            done, self._done, failed, self._failed = self._done, [], self._failed, []
         if done or failed:
             self._send(MovesDone(self._spec.rank, done, failed))
 
