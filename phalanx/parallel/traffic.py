@@ -74,11 +74,6 @@ class Traffic:
         pairs = self.pairs(hop=hop, kind=kind)
         return self._per_node(pairs, pairs.num_bytes)
 
-    def node_messages(self, *, hop: Hop | None = None, kind: Kind | None = None) -> Ints:
-        """(N, N) messages from node to node; the diagonal is traffic inside a node."""
-        pairs = self.pairs(hop=hop, kind=kind)
-        return self._per_node(pairs, pairs.num_messages)
-
     def bytes_of(self, rank: int, tier: Tier | None = None, *, hop: Hop | None = None, kind: Kind | None = None) -> int:
         """Bytes that `rank` sent: to other nodes ("inter"), inside its own ("intra"), or both."""
         pairs = self.pairs(hop=hop, kind=kind)

@@ -84,7 +84,7 @@ def test_stages_and_tensor_ranks_move_their_own(moe_oracle: Oracle) -> None:
 
 
 def damage(rank: int, every: int, folder: Path) -> None:
-    """A hook: one byte of every so-manieth row that the rank sends is wrong, after it was sealed."""
+    """A hook: one byte of every n-th row that the rank sends is wrong, after it was sealed."""
     seal, count, rng = RankExperts._sealed, 0, random.Random(rank)
 
     def damaged(self: RankExperts, *args: Any) -> tuple[Tensor, Tensor]:
