@@ -2,13 +2,12 @@
 
 import contextlib
 import json
-import queue
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import grpc
 import msgspec
@@ -16,13 +15,12 @@ import msgspec
 from phalanx.deploy.plan import DeploymentPlan
 from phalanx.deploy.server import phalanx_pb2 as pb
 from phalanx.deploy.server import supervise
-from phalanx.deploy.server.links import LINK_OPTIONS, SUPERVISE_METHOD
 from phalanx.deploy.server.options import ServerOptions
 from phalanx.deploy.server.phalanx_pb2_grpc import ClusterStub
+from phalanx.deploy.supervise_link import SuperviseLink
 from phalanx.errors import ConfigError
 from phalanx.models.loading import read_config, resolve_path
 from phalanx.runtime.controller.core import CoreConfig
-from phalanx.runtime.frames import VERSION
 
 EXIT_S = 5.0
 SLICE_S = 0.2
@@ -81,12 +79,8 @@ class ControllerProcess:
         self.pid = self._process.pid
         self.listen = _with_port(plan.server.listen, bound["listen"])
         self.engines = _with_port(plan.server.engine_listen, bound["engine_listen"])
-        self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-        self._outbox.put(supervise.encode(supervise.SupervisorHello(VERSION)))
-        self._channel = grpc.insecure_channel(self.engines, options=LINK_OPTIONS)
-        self._call = self._channel.stream_stream(SUPERVISE_METHOD)(self._requests())
         self._public = grpc.insecure_channel(self.listen)
-        threading.Thread(target=self._read, name="supervise-link", daemon=True).start()
+        self._link = SuperviseLink(self.engines, self._on_frame, self._on_deaf, lambda: self._process.poll() is None)
 
     def replica_starting(self, replica: int, incarnation: int, stopping: threading.Event) -> int | None:
         """Announce an incarnation before its processes exist: all below it are fenced.
@@ -99,7 +93,7 @@ class ControllerProcess:
         Returns:
             How many dp ranks it is to start with; None = as the plan says.
         """
-        self._outbox.put(supervise.encode(supervise.ReplicaStarting(replica, incarnation)))
+        self._link.say(supervise.ReplicaStarting(replica, incarnation))
         with self._started:
             # A controller that has ended gives no answer; then the size does not matter any more.
             while (replica, incarnation) not in self._sizes and not self._is_deaf and not stopping.is_set():
@@ -108,11 +102,11 @@ class ControllerProcess:
 
     def grow_failed(self, replica: int, incarnation: int, op_id: str, reason: str) -> None:
         """Ranks that the controller asked for will not come."""
-        self._outbox.put(supervise.encode(supervise.GrowFailed(replica, incarnation, op_id, reason)))
+        self._link.say(supervise.GrowFailed(replica, incarnation, op_id, reason))
 
     def replica_gone(self, replica: int, incarnation: int, cause: str, error: str) -> None:
         """Its processes have ended."""
-        self._outbox.put(supervise.encode(supervise.ReplicaGone(replica, incarnation, cause, error)))
+        self._link.say(supervise.ReplicaGone(replica, incarnation, cause, error))
 
     def status(self) -> pb.ClusterState | None:
         """What `Cluster.Status` says; None while it does not answer."""
@@ -139,7 +133,6 @@ class ControllerProcess:
 
     def close(self) -> None:
         """End it if it still runs."""
-        self._outbox.put(None)
         assert self._process.stdin is not None, "opened as a pipe"
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
@@ -148,7 +141,7 @@ class ControllerProcess:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        self._channel.close()
+        self._link.close()
         self._public.close()
 
     def _bound_ports(self) -> dict[str, int]:
@@ -160,20 +153,15 @@ class ControllerProcess:
         bound: dict[str, int] = json.loads(line)
         return bound
 
-    def _requests(self) -> Iterator[bytes]:
-        return iter(self._outbox.get, None)
+    def _on_frame(self, frame: supervise.Frame) -> None:
+        if isinstance(frame, supervise.Start):
+            with self._started:
+                self._sizes[frame.replica, frame.incarnation] = frame.data
+                self._started.notify_all()
+        elif isinstance(frame, supervise.Order):
+            self._on_order(frame)
 
-    def _read(self) -> None:
-        # The link ends with the controller, which `poll` reports.
-        with contextlib.suppress(grpc.RpcError):
-            for data in self._call:
-                frame = supervise.decode(data)
-                if isinstance(frame, supervise.Start):
-                    with self._started:
-                        self._sizes[frame.replica, frame.incarnation] = frame.data
-                        self._started.notify_all()
-                elif isinstance(frame, supervise.Order):
-                    self._on_order(frame)
+    def _on_deaf(self) -> None:
         with self._started:
             self._is_deaf = True
             self._started.notify_all()

@@ -81,8 +81,11 @@ def state(client: Client) -> ReplicaStatus:
 
 def follow(client: Client, op_id: str, data: int, timeout_s: float = 60) -> ScaleOperation:
     """Begin an operation, or find it, and wait for its end."""
-    wait_until(lambda: client.apply_scale(op_id, data).is_over, timeout_s, op_id)
-    return client.apply_scale(op_id, data)
+    deadline = time.monotonic() + timeout_s
+    while not (operation := client.apply_scale(op_id, data)).is_over:
+        assert time.monotonic() < deadline, f"not over within {timeout_s:g} s: {operation}; {state(client)}"
+        time.sleep(0.02)
+    return operation
 
 
 def workers(census: Census) -> set[int]:

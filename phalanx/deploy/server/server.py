@@ -36,6 +36,7 @@ SERVER_OPTIONS = (
     ("grpc.so_reuseport", 0),
     # Clients may ping an idle stream this often; else a long prefill ends in GOAWAY.
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+    ("grpc.http2.max_ping_strikes", 0),
     *KEEPALIVE_OPTIONS,
 )
 

@@ -96,6 +96,7 @@ class Scaling:
         self._operations: dict[str, ScaleOperation] = {}
         self._over: deque[str] = deque()
         self._asked: dict[int, tuple[int, int]] = {}
+        self._gone: dict[int, tuple[int, set[int]]] = {}
 
     @property
     def running(self) -> ScaleOperation | None:
@@ -165,6 +166,9 @@ class Scaling:
         replica.data = frame.data
         replica.ranks = frame.ranks or replica.ranks
         if frame.gone:
+            incarnation, gone = self._gone.get(replica.replica, (0, set()))
+            gone = gone if incarnation == replica.incarnation else set()
+            self._gone[replica.replica] = replica.incarnation, gone | set(frame.gone)
             self._emit(EndRanks(replica.replica, replica.incarnation, tuple(frame.gone)))
         operation = self._operations.get(frame.op_id)
         part = None if operation is None else operation.parts.get(replica.replica)
@@ -192,6 +196,9 @@ class Scaling:
         for part in operation.parts.values() if operation is not None else ():
             if operation is not None and part.wanted and not part.is_over:
                 self._want(operation, part)
+        for number, (incarnation, gone) in self._gone.items():
+            if self._replicas[number].accepts(incarnation):
+                self._emit(EndRanks(number, incarnation, tuple(sorted(gone))))
 
     def settle(self) -> None:
         """After every event: end what belongs to an incarnation that is not live any more."""

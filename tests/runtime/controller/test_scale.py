@@ -171,6 +171,18 @@ def test_a_supervisor_that_comes_back_is_asked_again() -> None:
     assert bench(ev.SupervisorUp()) == []
 
 
+def test_a_supervisor_that_comes_back_hears_again_of_ranks_that_are_gone() -> None:
+    bench = ScaleBench()
+    bench.begin()
+    bench.tell("ABORTED", gone=[2, 3])
+    assert bench(ev.SupervisorUp()) == [ev.EndRanks(0, 1, (2, 3))]
+    bench.apply("again")
+    bench.tell("ABORTED", op_id="again", gone=[4])
+    assert bench(ev.SupervisorUp()) == [ev.EndRanks(0, 1, (2, 3, 4))]
+    bench(ev.ReplicaStarting(0, 2))
+    assert not [effect for effect in bench(ev.SupervisorUp()) if isinstance(effect, ev.EndRanks)]
+
+
 def test_a_repair_is_the_engines_own() -> None:
     """The size that an operator wanted stays: a restart has it again."""
     bench = ScaleBench()
