@@ -10,7 +10,6 @@ from torch import Tensor
 from phalanx.kernels import memory
 from phalanx.kernels.expert_shape import ExpertShape, activate
 
-ROW_TILE = 8
 ALIGN = 64
 
 
@@ -55,17 +54,19 @@ class PlainRows:
 
 
 class LoopExperts(PlainRows):
-    """One `F.linear` pair per slot that is hit; on the CPU an fp32 slot's rows are padded to tiles of 8.
+    """One `F.linear` pair per slot that is hit, the oracle of the others.
 
-    The padding is what makes it batch invariant: the products of torch then have equal row bits for any number of rows.
+    Which bits a row gets from a product of torch depends on the number of rows and of threads, on Intel and AMD in
+    different ways. `batch_invariant` therefore means a product per row by one thread: slow, and right on every machine.
     """
 
     impl = "loop"
 
-    def __init__(self, shape: ExpertShape, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, shape: ExpertShape, dtype: torch.dtype, device: torch.device, *, batch_invariant: bool = False
+    ) -> None:
         super().__init__(shape, dtype, device)
-        self.batch_invariant = device.type == "cpu"
-        self._tile = ROW_TILE if device.type == "cpu" and dtype == torch.float32 else 1
+        self.batch_invariant = batch_invariant
 
     def forward(self, x_RD: Tensor, slots_RK: Tensor, weights_RK: Tensor) -> Tensor:
         """See `Experts.forward`."""
@@ -85,11 +86,20 @@ class LoopExperts(PlainRows):
 
     def _outputs(self, x_RD: Tensor, slots_RK: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """(rows, choices, their outputs) of one slot after the other."""
+        compute = self._one_by_one if self.batch_invariant else self._expert
         for slot in slots_RK.unique().tolist():
             if slot >= 0:
                 row, choice = (slots_RK == slot).nonzero(as_tuple=True)
-                x = F.pad(x_RD[row], (0, 0, 0, -row.shape[0] % self._tile))
-                yield row, choice, self._expert(x, slot)[: row.shape[0]]
+                yield row, choice, compute(x_RD[row], slot)
+
+    def _one_by_one(self, x: Tensor, slot: int) -> Tensor:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            # Cloned: a product may also depend on how its row is aligned in memory.
+            return torch.cat([self._expert(row.clone(), slot) for row in x.split(1)])
+        finally:
+            torch.set_num_threads(threads)
 
     def _expert(self, x: Tensor, slot: int) -> Tensor:
         bias_in = None if self.gate_up_bias is None else self.gate_up_bias[slot]

@@ -9,55 +9,42 @@ from torch import Tensor
 from phalanx.errors import ConfigError
 from phalanx.kernels.cpu import linear as cpp
 
-ROW_TILE = 8
-
 
 class PackedLinear:
-    """`x @ weight.T + bias`; `impl` names what computes it. The packed weight is opaque: shard before packing."""
+    """`x @ weight.T + bias`; `impl` names what computes it. The packed weight is opaque: shard before packing.
 
-    __slots__ = ("_forward", "_pad", "batch_invariant", "impl")
+    `batch_invariant` says that the bits of a row depend neither on the other rows nor on the threads. Of the products
+    of torch and oneDNN none can say so: they differ with the number of rows, on Intel and AMD in different ways.
+    """
 
-    def __init__(self, impl: str, forward: Callable[[Tensor], Tensor], batch_invariant: bool) -> None:
+    __slots__ = ("_forward", "batch_invariant", "impl")
+
+    def __init__(self, impl: str, forward: Callable[[Tensor], Tensor]) -> None:
         self.impl = impl
-        self.batch_invariant = batch_invariant or impl == "cpp"
-        self._pad = batch_invariant and impl != "cpp"
+        self.batch_invariant = impl == "cpp"
         self._forward = forward
 
     def __call__(self, x: Tensor) -> Tensor:
         """Map (..., K) to (..., N) in x's dtype; any number of rows, 0 too."""
-        if not self._pad:
-            return self._forward(x)
-        rows = x.reshape(-1, x.shape[-1])
-        padded = F.pad(rows, (0, 0, 0, -rows.shape[0] % ROW_TILE))
-        out = self._forward(padded)[: rows.shape[0]]
-        return out.view(*x.shape[:-1], out.shape[1])
+        return self._forward(x)
 
 
-def pack(
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    choose: Mapping[str, str] | None = None,
-    batch_invariant: bool = False,
-) -> PackedLinear:
+def pack(weight: Tensor, bias: Tensor | None = None, *, choose: Mapping[str, str] | None = None) -> PackedLinear:
     """Pack a weight for the device it is on.
 
-    `cpp` computes an output as one chain over K: its bits never depend on the other rows or the threads. `onednn`, a
-    packed weight too, had equal rows for any number of them on the CPU this was measured on, with one exception: in
-    fp32 with K > 1024, one row alone. `torch` (`F.linear`) differs in fp32 below four rows.
+    `cpp` computes an output as one chain over K; `onednn` is a packed weight too; `torch` is `F.linear`.
 
     Args:
         weight: (N, K); fp32 or bf16 for the packed implementations. May be dropped by the caller afterwards.
         bias: (N), same dtype.
         choose: `{"linear": "cpp" | "onednn" | "torch"}`; by default the first of these that can be used.
-        batch_invariant: equal bits for any number of rows; `onednn` and `torch` then pad the rows to tiles of 8.
 
     Raises:
         ConfigError: the chosen implementation is unknown or cannot compute this weight.
     """
     chosen, _ = select(weight.device, weight.dtype, choose, weight.shape[1])
     forward = {"cpp": cpp.pack, "onednn": _pack_onednn, "torch": _pack_torch}[chosen](weight, bias)
-    return PackedLinear(chosen, forward, batch_invariant)
+    return PackedLinear(chosen, forward)
 
 
 def select(

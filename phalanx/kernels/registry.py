@@ -48,7 +48,7 @@ def explain(*, device: torch.device, dtype: torch.dtype, choose: Mapping[str, st
     chosen, refused = linear.select(device, dtype, choose)
     rows = [Choice("linear", chosen, chosen == "cpp", refused)]
     chosen, refused = experts.select(device, dtype, choose)
-    rows.append(Choice("experts", chosen, chosen in ("cpp", "loop"), refused))
+    rows.append(Choice("experts", chosen, chosen == "cpp", refused))
     for name in plugins.names("kernels", ("OP",)):
         _, impl, rejected = _select(name, device, dtype, choose or {})
         rows.append(Choice(name, impl.name, impl.batch_invariant, rejected))

@@ -162,7 +162,7 @@ class MoeBlock:
             alpha=spec.alpha,
             limit=spec.limit,
         )
-        experts = build(shape, **context.linear)
+        experts = build(shape, **context.linear, batch_invariant=self._group.exact)
         for slot, expert in enumerate(self._group.experts_of(self._index)):
             plain = {name: parameter.tensor for name, parameter in self._plain.pop(expert).items()}
             experts.load(

@@ -51,7 +51,11 @@ def random_slots(rows: int, top_k: int, num_slots: int, seed: int = 0) -> Tensor
 
 @pytest.mark.parametrize(("rows", "top_k", "num_slots"), [(1, 1, 1), (5, 2, 3), (40, 3, 7), (700, 2, 2), (3, 2, 33)])
 @pytest.mark.parametrize("block_m", [2, 16])
-def test_align(rows: int, top_k: int, num_slots: int, block_m: int) -> None:
+@pytest.mark.parametrize("few_pairs", [0, moe_ffn.FEW_PAIRS], ids=["many", "few"])
+def test_align(
+    rows: int, top_k: int, num_slots: int, block_m: int, few_pairs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(moe_ffn, "FEW_PAIRS", few_pairs)
     slots = random_slots(rows, top_k, num_slots)
     aligned = moe_ffn.align(slots, num_slots, block_m)
     tiles = aligned.sorted_pairs.view(-1, block_m).tolist()
@@ -101,6 +105,14 @@ def test_equals_the_loop(shape: ExpertShape, rows: int, dtype: torch.dtype) -> N
     assert ours.forward_pairs(x, slots).dtype == dtype
 
 
+@pytest.mark.parametrize(("block_m", "tma"), [(16, True), (32, False), (32, True)])
+def test_tiles_and_descriptors(block_m: int, tma: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A weight matrix as a descriptor; its last block reaches past the rows and into the depth of the next matrix."""
+    tile = moe_ffn.Tiles(block_m, 32, 32, 2, 4, 3, tma)
+    monkeypatch.setattr(moe_ffn, "tiles", lambda num_pairs, num_slots: (tile, tile))
+    test_equals_the_loop(ExpertShape(3, 40, 24), 50, torch.float32)
+
+
 def test_no_rows() -> None:
     layer = moe_ffn.TritonExperts(ExpertShape(2, 16, 16), torch.float32, CPU)
     nothing = torch.empty((0, 2), dtype=torch.int32)
@@ -135,15 +147,22 @@ pointers = dict(x="*bf16", weight="*bf16", inner="*bf16", pairs="*bf16", sorted_
                 slots="*i32", weights="*fp32", out="*fp32")
 scalars = dict(num_pairs="i32", num_tiles="i32", slot_stride="i32", alpha="fp32", limit="fp32")
 sizes = dict(HIDDEN=2048, INNER=768, BIAS=False, bias=None)
-for num_pairs in (128, 128 * 32, 128 * 512):
+for num_pairs in (128, 128 * 16, 128 * 32, 128 * 512):
     for function, tile in zip((kernels.gate_up_act, kernels.down), moe_ffn.tiles(num_pairs, 128)):
-        *blocks, num_warps, num_stages = tile
-        constants = {**sizes, **dict(zip(("BM", "BN", "BK", "GROUP"), blocks))}
+        constants = {**sizes, **dict(zip(("BM", "BN", "BK", "GROUP"), tile))}
         if function is kernels.gate_up_act:
             constants |= dict(TOP_K=8, ACTIVATION="silu")
-        kernel = build(function, {**pointers, **scalars}, constants, dict(num_warps=num_warps, num_stages=num_stages))
-        report(f"{function.__name__} {tile.BM}", kernel)
-report("moe_align 16", build(kernels.moe_align, {**pointers, **scalars}, dict(BINS=128, BM=16, CHUNK=1024), {}))
+        options = dict(num_warps=tile.num_warps, num_stages=tile.num_stages)
+        for tma in (False, True):
+            weight = f"tensordesc<bf16[1, {tile.BN}, {tile.BK}]>" if tma else "*bf16"
+            signature = {**pointers, **scalars, "weight": weight}
+            report(f"{function.__name__} {tile.BM}", build(function, signature, {**constants, "TMA": tma}, options))
+bins, names = dict(BINS=128), ("counts", "totals", "places", "num_chunks")
+signature = {**pointers, **scalars, **dict(zip(names, ("*i32", "*i32", "*i32", "i32")))}
+report("align_few 16", build(kernels.align_few, signature, {**bins, "BM": 16, "CHUNK": 1024}, {}))
+report("count_pairs 16", build(kernels.count_pairs, signature, {**bins, "CHUNK": 128}, dict(num_warps=1)))
+report("place_slots 16", build(kernels.place_slots, signature, {**bins, "BM": 128, "WIDTH": 1024}, {}))
+report("place_pairs 16", build(kernels.place_pairs, signature, {"CHUNK": 128}, {}))
 report("combine 16", build(kernels.combine, {**pointers, **scalars}, dict(HIDDEN=2048, TOP_K=8, BN=1024), {}))
 """
 
@@ -157,7 +176,7 @@ def test_compiles_for_sm_90(tmp_path: Any) -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stderr[-3000:]
     lines = done.stdout.splitlines()
-    assert len(lines) == 8
+    assert len(lines) == 21
     for line in lines:
         name, block_m, shared, wgmma = line.split()[:4]
         assert int(shared) <= SHARED_MEMORY, line
