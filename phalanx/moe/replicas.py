@@ -7,6 +7,7 @@ open is decided by a hash of the token's key and the expert: the same token take
 from hashlib import blake2b
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -56,7 +57,7 @@ class ReplicaTables:
         self.has_replicas = layer.num_slots > layer.num_experts
         self.num_nodes = topology.num_nodes
         self.node_of = topology.node_of
-        self._node_of_slot = torch.tensor(topology.node_of).repeat_interleave(slots_per_rank)
+        self._node_of_slot = np.repeat(np.array(topology.node_of), slots_per_rank)
         self._salts = _salts(b"expert", layer.num_experts + 1), _salts(b"node", self.num_nodes)
         self.tensors = _Tables(*(table.to(device) for table in self._build(layer)))
 
@@ -76,21 +77,22 @@ class ReplicaTables:
             table.copy_(new)
 
     def _build(self, layer: LayerPlacement) -> _Tables:
-        expert_of_slot = torch.tensor(layer.slots)
-        order = torch.argsort(expert_of_slot * self.num_nodes + self._node_of_slot, stable=True)
-        one = torch.ones((), dtype=torch.int32)
-        count_EN = torch.zeros(layer.num_experts + 1, self.num_nodes, dtype=torch.int32)
-        count_EN.index_put_((expert_of_slot, self._node_of_slot), one, accumulate=True)
-        total = count_EN.sum(1, dtype=torch.int32)
-        start = total.cumsum(0, dtype=torch.int32) - total
+        """By numpy: so small, every operation of torch costs more than the table."""
+        experts, node_of = layer.slots, self._node_of_slot
+        order = np.argsort(experts * self.num_nodes + node_of, kind="stable")
+        count_EN = np.zeros((layer.num_experts + 1, self.num_nodes), np.int32)
+        np.add.at(count_EN, (experts, node_of), 1)
+        total = count_EN.sum(1, dtype=np.int32)
+        start = total.cumsum(dtype=np.int32) - total
         start[-1] = 0
+        first_slot = np.array([slots[0] for slots in layer.logical_to_physical] + [-1], np.int32)
         return _Tables(
-            first_slot=torch.tensor([slots[0] for slots in layer.logical_to_physical] + [-1], dtype=torch.int32),
-            slots_by_node=order.to(torch.int32),
-            start=start,
-            total=total.clamp(min=1),
-            count_EN=count_EN,
-            alone_EN=(count_EN > 0) & (total == 1)[:, None],
+            first_slot=torch.from_numpy(first_slot),
+            slots_by_node=torch.from_numpy(order.astype(np.int32)),
+            start=torch.from_numpy(start),
+            total=torch.from_numpy(np.maximum(total, 1)),
+            count_EN=torch.from_numpy(count_EN),
+            alone_EN=torch.from_numpy((count_EN > 0) & (total == 1)[:, None]),
             salt=self._salts[0],
             node_salt=self._salts[1],
         )

@@ -1,13 +1,16 @@
 """The process groups of one generation of an expert group, built beside older generations that go on serving."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributed import PrefixStore, ProcessGroupGloo, Store  # type: ignore[attr-defined]  # not in its __all__
 
@@ -20,56 +23,107 @@ HOPS: tuple[Hop, ...] = ("flat", "rail", "node")
 MakeBackend = Callable[[Store, int, int], Any]
 
 
+class Transfer(NamedTuple):
+    """One end of a row's way.
+
+    Attributes:
+        row: (n,) contiguous uint8, n at least 8; what is sent, which must not change meanwhile, or what is filled.
+        peer: rank in the expert group, another one.
+        tag: the same at both ends, of one transfer between them.
+        is_send: which end this is.
+    """
+
+    row: Tensor
+    peer: int
+    tag: int
+    is_send: bool
+
+
+class Moving:
+    """A row under way; keep it until the row has arrived at the other end."""
+
+    def __init__(self, sending: Sending, is_done: Callable[[], bool]) -> None:
+        self._sending, self._is_done = sending, is_done
+
+    def is_done(self) -> bool:
+        """Whether `wait` returns at once; of rows sent over gloo it is never known."""
+        return self._is_done()
+
+    def wait(self) -> Tensor:
+        """The row; on CUDA the current stream waits, not the host.
+
+        Raises:
+            ReplicaLostError: the peer is gone or late.
+        """
+        return self._sending.wait()
+
+
 class Mover:
     """Point-to-point rows on a communicator of its own, for expert migration beside the exchanges.
 
-    Data travels as soon as both sides have called; `wait` says that it has arrived, there is no poll. NCCL ignores tags
-    and matches in order: both sides of all transfers must issue them in one global order, as plan items do.
+    gloo matches by tag and offers no way to ask whether a row has come: its last 8 bytes are `ABSENT` until then, so a
+    row that ends in them is seen by `wait` alone. NCCL ignores tags and matches in order: both ends of all transfers
+    must be begun in one global order, as plan items are; those of one call are one launch.
     """
+
+    ABSENT = 0x5EED_0F_AB5E_17_C0DE
+    """Unlike the end of any row that its owner seals."""
 
     def __init__(self, rank: int, group: dist.ProcessGroup | None) -> None:
         self.rank = rank
         self._group = group
 
-    def send(self, row: Tensor, target: int, tag: int) -> Sending:
-        """Begin to send a contiguous uint8 row, which must not change before `wait`.
+    def begin(self, transfers: Sequence[Transfer]) -> list[Moving]:
+        """Begin to send and to receive; nothing waits.
 
-        Args:
-            row: (n,) uint8.
-            target: rank in the expert group, another one.
-            tag: pairs this call with one `receive` of the target.
+        Raises:
+            ReplicaLostError: a peer is gone.
         """
-        group = self._open(row)
-        return self._begin(lambda: group.send([row], target, tag), row, f"tag {tag} to rank {target}")
-
-    def receive(self, out: Tensor, source: int, tag: int) -> Sending:
-        """Begin to fill a contiguous uint8 row of the sender's size; the inverse of `send`.
-
-        Args:
-            out: (n,) uint8.
-            source: rank in the expert group, another one.
-            tag: as that of the sender.
-        """
-        group = self._open(out)
-        return self._begin(lambda: group.recv([out], source, tag), out, f"tag {tag} from rank {source}")
+        if not transfers:
+            return []
+        for row, *_ in transfers:
+            assert row.dtype == torch.uint8, f"{row.dtype} row; view it as torch.uint8"
+            assert row.is_contiguous(), f"row with strides {row.stride()}"
+        if self._group is None:
+            raise ReplicaLostError(f"rank {self.rank} has no group to move rows in: it is alone, or was destroyed")
+        try:
+            begin = self._begin_together if transfers[0].row.is_cuda else self._begin_each
+            return begin(self._group, transfers)
+        except RuntimeError as error:
+            raise ReplicaLostError(f"rank {self.rank}: rows could not begin to move: {error}") from error
 
     def close(self) -> None:
         """Let go of the group; later calls raise `ReplicaLostError`."""
         self._group = None
 
-    def _open(self, row: Tensor) -> dist.ProcessGroup:
-        assert row.dtype == torch.uint8, f"{row.dtype} row; view it as torch.uint8"
-        assert row.is_contiguous(), f"row with strides {row.stride()}"
-        if self._group is None:
-            raise ReplicaLostError(f"rank {self.rank} has no group to move rows in: it is alone, or was destroyed")
-        return self._group
+    def _begin_each(self, group: dist.ProcessGroup, transfers: Sequence[Transfer]) -> list[Moving]:
+        moving = []
+        for transfer in transfers:
+            row, peer, tag, is_send = transfer
+            end = row.numpy()[-8:]
+            if not is_send:
+                end[:] = np.frombuffer(self.ABSENT.to_bytes(8, "little"), np.uint8)
+            work = (group.send if is_send else group.recv)([row], peer, tag)
+            sending = Sending(work.wait, f"rank {self.rank}, tag {tag}, rank {peer}", row)
+            moving.append(Moving(sending, _never if is_send else partial(_has_come, end)))
+        return moving
 
-    def _begin(self, begin: Callable[[], dist.Work], row: Tensor, what: str) -> Sending:
-        where = f"rank {self.rank}, {what}"
-        try:
-            return Sending(begin().wait, where, row)
-        except RuntimeError as error:
-            raise ReplicaLostError(f"{where}: the transfer could not begin: {error}") from error
+    def _begin_together(self, group: dist.ProcessGroup, transfers: Sequence[Transfer]) -> list[Moving]:
+        device = transfers[0].row.device
+        group._start_coalescing(device)
+        for row, peer, tag, is_send in transfers:
+            (group.send if is_send else group.recv)([row], peer, tag)
+        work = group._end_coalescing(device)
+        where = f"rank {self.rank}, tags {[transfer.tag for transfer in transfers]}"
+        return [Moving(Sending(work.wait, where, transfer.row), work.is_completed) for transfer in transfers]
+
+
+def _never() -> bool:
+    return False
+
+
+def _has_come(end: NDArray[np.uint8]) -> bool:
+    return end.tobytes() != Mover.ABSENT.to_bytes(8, "little")
 
 
 @dataclass(slots=True)
@@ -121,7 +175,7 @@ def build(
     """Meet the other ranks of a generation; returns when all have come. Any thread, beside groups in use.
 
     At most four groups: flat, rail, node (ranks alike share one) and one for moves. On CUDA their communicators come up
-    at the first exchange, in the order of the calls, so warm them up by plan.
+    here: later a rank alone may be the first to use one.
 
     Args:
         store: reached by all of them; a connection of its own is opened to it.
@@ -158,6 +212,8 @@ def build(
             if len(members) > 1:
                 own[hop] = made[members]
         move = _group(meeting, "move", tuple(range(topology.num_ranks)), rank, device, make_move)
+        if device.type == "cuda":
+            _connect([*(group for _, group in sorted(made.items())), move], device)
     except RuntimeError as error:  # the base of all errors of torch.distributed
         # The traceback holds this frame, and through it connections that others wait on.
         made.clear()
@@ -165,6 +221,13 @@ def build(
         raise ReplicaLostError(f"rank {rank} of {where}: not all groups could be made: {error}") from error
     abort = [group.abort for group in (*made.values(), move)] if device.type == "cuda" else []
     return Membership(generation, topology, rank, TorchTransport(topology, rank, own), Mover(rank, move), abort)
+
+
+def _connect(groups: Sequence[dist.ProcessGroup], device: torch.device) -> None:
+    """Exchange a number in each group, in the same order on every rank."""
+    for group in groups:
+        group.allreduce([torch.zeros(1, device=device)]).wait()
+    torch.cuda.current_stream(device).synchronize()
 
 
 def _arrive(meeting: Store, num_ranks: int, rank: int, where: str, deadline: float) -> None:

@@ -1,31 +1,23 @@
 """A rank's expert weights on the move and its expert groups: what `ExpertStep`, `Prepare`, `Enter` and `Discard` do.
 
-    make before break:  slot of another rank --(beside steps)--> staging row here --(flip, between steps)--> slot here
-
-Groups of the next generation are built in a thread while the current one serves.
+Make before break: rows travel beside steps (`row_transfers.py`), and a flip between two steps makes them slots. Groups
+of the next generation are built in a thread while the current one serves.
 """
 
-import struct
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
 
-import numpy as np
-import torch
 from torch import Tensor
 
-from phalanx.errors import ConfigError, PhalanxError, ReplicaLostError
-from phalanx.kernels import memory
+from phalanx.errors import PhalanxError
 from phalanx.kernels.experts import Experts
 from phalanx.models.loading import read_config
 from phalanx.moe.group import ExpertGroup
 from phalanx.moe.placement.types import LayerPlacement
 from phalanx.parallel import calibration, membership, rendezvous
-from phalanx.parallel.membership import Membership, Mover
+from phalanx.parallel.membership import Membership
 from phalanx.parallel.mesh import Mesh
 from phalanx.parallel.topology import EpTopology
-from phalanx.parallel.torch_transport import Sending
 from phalanx.runtime.expert_config import expert_traffic
 from phalanx.runtime.memory import ITEMSIZE
 from phalanx.runtime.plan import (
@@ -41,21 +33,7 @@ from phalanx.runtime.plan import (
     RankMessage,
 )
 from phalanx.runtime.rank_spec import ExpertOrders, RankSpec
-
-TRAILER = struct.Struct("<QQQ")
-"""After a row on the wire: its checksum, the logical expert, the layer."""
-
-COLUMNS = 512
-"""Words of a row are summed as lines of so many: two passes at the speed of memory, in none of the row's size."""
-
-
-class _Task(NamedTuple):
-    """This rank's end of a move: `peer` sends the row here, or receives it, as `is_source` says."""
-
-    move: Move
-    expert: int
-    peer: int
-    is_source: bool
+from phalanx.runtime.row_transfers import RowTask, RowTransfers
 
 
 class RankExperts:
@@ -79,13 +57,10 @@ class RankExperts:
         self._lock = threading.Lock()
         self._prepared: dict[int, Membership] = {}
         self._discarded = -1
-        self._done: list[int] = []
-        self._failed: list[int] = []
         self._current: Membership | None = None
         self._rows: list[Tensor] = []
         self._kinds: list[str] = []
-        self._staging = torch.empty(0, dtype=torch.uint8)
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="expert-mover")
+        self._transfers = RowTransfers(orders.staging_rows, 0, mesh.device)
         topology = EpTopology.of_names(orders.nodes)
         self.group = ExpertGroup(
             topology,
@@ -105,22 +80,11 @@ class RankExperts:
                 self.fabric = calibration.measure(self._current.transport, traffic, mesh.device)
 
     def attach(self, experts: Sequence[Experts]) -> None:
-        """Take the weights of the stage's MoE layers, loaded already; they are moved from and into.
-
-        Raises:
-            ConfigError: exact mode, with a back end whose rows depend on what else is in the batch.
-        """
-        varying = sorted({one.impl for one in experts if not one.batch_invariant})
-        if self._orders.exact and varying:
-            raise ConfigError(
-                f"moe.exact: the bits of a row of {varying[0]} experts depend on the rows beside it; use another back "
-                "end, for example kernels: {experts: loop} on a CPU, or exact: false"
-            )
+        """Take the weights of the stage's MoE layers, loaded already; they are moved from and into."""
         self._rows = [one.rows for one in experts]
         self._kinds = sorted({f"{one.impl}:{one.rows.shape[1]}" for one in experts})
         widest = max((rows.shape[1] for rows in self._rows), default=0)  # a stage may have dense layers only
-        shape = (self._orders.staging_rows, -(-(widest + TRAILER.size) // 8) * 8)
-        self._staging = memory.empty(shape, torch.uint8, self._mesh.device)
+        self._transfers = RowTransfers(self._orders.staging_rows, widest, self._mesh.device)
 
     def describe_rows(self) -> str:
         """Back end and bytes per row of each layer's experts; ranks with other rows cannot take them."""
@@ -162,6 +126,7 @@ class RankExperts:
         if new is None:
             raise PlanError(f"rank {self._spec.rank} has no groups of generation {order.generation}")
         old, self._current = self._current, new
+        self._transfers.clear()
         self.group.enter(new.transport, [LayerPlacement(0, tuple(table)) for table in order.placements])
         if old is not None:  # closing connections takes longer than a step
             threading.Thread(target=old.destroy, name="expert-group-end", daemon=True).start()
@@ -177,13 +142,13 @@ class RankExperts:
 
     def leave(self) -> None:
         """Close the current groups at once, so that a peer which still waits in them wakes up."""
+        self._transfers.clear()
         old, self._current = self._current, None
         if old is not None:
             old.destroy()
 
     def close(self) -> None:
         """Leave all groups."""
-        self._thread.shutdown(wait=False, cancel_futures=True)
         self.leave()
         for generation in list(self._prepared):
             self.discard(generation)
@@ -227,11 +192,12 @@ class RankExperts:
         rows = self._rows[layer]
         for staging, slot in zip(flip.copies[::2], flip.copies[1::2], strict=True):
             if slot // per_rank == self.group.rank:
-                rows[slot % per_rank].copy_(self._staging[staging, : rows.shape[1]])
+                rows[slot % per_rank].copy_(self._transfers.staged(staging, rows.shape[1]))
+        self._transfers.flipped(flip.layer)
         self.group.flip(layer, LayerPlacement(flip.version, tuple(flip.physical_to_logical)))
 
     def _move(self, moves: list[Move]) -> None:
-        """Hand this rank's part to the mover's thread, which need not be quick: sources are not overwritten meanwhile.
+        """Begin this rank's part; sources are not overwritten before their layer flips.
 
         Raises:
             PlanError: a staging row out of range.
@@ -242,70 +208,20 @@ class RankExperts:
             source, target = move.source // per_rank, move.target // per_rank
             if me not in (source, target):
                 continue
-            if not 0 <= move.staging < len(self._staging):
-                raise PlanError(f"move {move.id}: staging row {move.staging} is not one of {len(self._staging)}")
-            expert = self.group.placements[move.layer - self._first_layer].physical_to_logical[move.source]
-            tasks.append(_Task(move, expert, target if me == source else source, me == source))
+            if not 0 <= move.staging < self._transfers.num_staging_rows:
+                raise PlanError(
+                    f"move {move.id}: staging row {move.staging} is not one of {self._transfers.num_staging_rows}"
+                )
+            layer = move.layer - self._first_layer
+            expert = self.group.placements[layer].physical_to_logical[move.source]
+            row = self._rows[layer][(move.source if me == source else move.target) % per_rank]
+            tasks.append(RowTask(move, expert, row, target if me == source else source, me == source))
         if tasks:
             assert self._current is not None, "rows move between ranks"
-            self._thread.submit(self._carry, tasks, self._current.mover)
-
-    def _carry(self, tasks: list[_Task], mover: Mover) -> None:
-        """Runs in the mover's thread: begin all transfers of a step, in plan order, wait, verify, acknowledge."""
-        done: list[int] = []
-        failed: list[int] = []
-        try:
-            begun = [(task, self._start(task, mover)) for task in tasks]
-            for task, transfers in begun:
-                for transfer in transfers:
-                    transfer.wait()
-                if not task.is_source:
-                    (done if self._is_sound(task) else failed).append(task.move.id)
-        except ReplicaLostError:
-            return  # the step fails, too, and says so
-        with self._lock:
-            self._done += done
-            self._failed += failed
+            self._transfers.begin(tasks, self._current.mover)
 
     def acknowledge(self) -> None:
         """Tell the engine which rows have arrived: with a step's end, for which it wakes up anyway."""
-        with self._lock:
-            done, self._done, failed, self._failed = self._done, [], self._failed, []
+        done, failed = self._transfers.finished()
         if done or failed:
             self._send(MovesDone(self._spec.rank, done, failed))
-
-    def _start(self, task: _Task, mover: Mover) -> list[Sending]:
-        """A row and its trailer are one message: a second one costs more than copying the row."""
-        if task.is_source:
-            return [mover.send(torch.cat(self._sealed(task)), task.peer, task.move.id)]
-        staged = self._staging[task.move.staging]
-        return [mover.receive(staged[: self._row_bytes(task) + TRAILER.size], task.peer, task.move.id)]
-
-    def _row_bytes(self, task: _Task) -> int:
-        return self._rows[task.move.layer - self._first_layer].shape[1]
-
-    def _sealed(self, task: _Task) -> tuple[Tensor, Tensor]:
-        """A row, in its slot, and its trailer."""
-        row = self._rows[task.move.layer - self._first_layer][task.move.source % self.group.slots_per_rank]
-        return row, torch.frombuffer(_trailer(row, task), dtype=torch.uint8).to(row.device)
-
-    def _is_sound(self, task: _Task) -> bool:
-        width, staged = self._row_bytes(task), self._staging[task.move.staging]
-        trailer = staged[width : width + TRAILER.size].cpu().numpy().tobytes()
-        return trailer == _trailer(staged[:width], task)
-
-
-def _trailer(row: Tensor, task: _Task) -> bytearray:
-    return bytearray(TRAILER.pack(_checksum(row), task.expert, task.move.layer))
-
-
-def _checksum(row: Tensor) -> int:
-    """Sum of a row's 64-bit words, word i times 2i + 1: order counts, and no change of one word goes unseen.
-
-    An even factor would hide a word's highest bit. Rows are multiples of 8 bytes.
-    """
-    words = row.view(torch.int64)
-    words = torch.nn.functional.pad(words, (0, -words.numel() % COLUMNS)).view(-1, COLUMNS)
-    by_line, by_column = words.sum(1).cpu().numpy(), words.sum(0).cpu().numpy()
-    total = int(by_line @ np.arange(0, 2 * words.numel(), 2 * COLUMNS)) + int(by_column @ np.arange(1, 2 * COLUMNS, 2))
-    return total & (2**64 - 1)

@@ -15,8 +15,9 @@ import pytest
 from torch import Tensor
 
 from phalanx import LLM
+from phalanx.kernels.row_seal import SEAL_BYTES
+from phalanx.runtime import row_transfers
 from phalanx.runtime.plan import MovesDone
-from phalanx.runtime.rank_experts import RankExperts
 from tests.support.engines import SHARING_CORES, forked_ranks
 from tests.support.oracle import Oracle
 from tests.support.traffic import Traffic, planner_of, random_placement
@@ -85,20 +86,19 @@ def test_stages_and_tensor_ranks_move_their_own(moe_oracle: Oracle) -> None:
 
 def damage(rank: int, every: int, folder: Path) -> None:
     """A hook: one byte of every n-th row that the rank sends is wrong, after it was sealed."""
-    seal, count, rng = RankExperts._sealed, 0, random.Random(rank)
+    seal, count, rng = row_transfers.seal, 0, random.Random(rank)
 
-    def damaged(self: RankExperts, *args: Any) -> tuple[Tensor, Tensor]:
+    def damaged(*args: Any) -> Tensor:
         nonlocal count
-        (row, trailer), count = seal(self, *args), count + 1
+        sealed, count = seal(*args), count + 1
         if count % every == 0:
-            row, trailer = row.clone(), trailer.clone()
-            part = trailer if count % (5 * every) == 0 else row
-            part[rng.randrange(len(part))] ^= 1 << rng.randrange(8)
+            first = len(sealed) - SEAL_BYTES if count % (5 * every) == 0 else 0
+            sealed[rng.randrange(first, len(sealed))] ^= 1 << rng.randrange(8)
             with (folder / str(rank)).open("ab") as file:
                 file.write(b"!")
-        return row, trailer
+        return sealed
 
-    RankExperts._sealed = damaged  # type: ignore[method-assign]
+    row_transfers.seal = damaged
 
 
 @pytest.mark.multi

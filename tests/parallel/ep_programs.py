@@ -13,7 +13,7 @@ from torch import Tensor
 from phalanx.errors import ReplicaLostError
 from phalanx.parallel import calibration
 from phalanx.parallel.costmodel import ExpertTraffic
-from phalanx.parallel.membership import Membership, build
+from phalanx.parallel.membership import Membership, Transfer, build
 from phalanx.parallel.topology import EpTopology
 from phalanx.parallel.traffic import CountingTransport, Traffic
 from phalanx.parallel.transport import AllGather, AllToAll, Counts, Exchange, Hop, ReduceScatter, peers, run
@@ -111,19 +111,51 @@ def cycle(rank: int, address: str, cycles: int) -> list[tuple[int, int]]:
 def swap(membership: Membership) -> Tensor:
     """Rows to and from each other rank, received in another order than they were sent."""
     others = [rank for rank in range(membership.topology.num_ranks) if rank != membership.rank]
-    sending = [
-        membership.mover.send(torch.full((1000,), 10 * membership.rank + tag, dtype=torch.uint8), other, tag)
-        for other in others
-        for tag in (1, 2)
-    ]
-    receiving = [
-        membership.mover.receive(torch.empty(1000, dtype=torch.uint8), other, tag)
-        for tag in (2, 1)
-        for other in reversed(others)
-    ]
+    sending = membership.mover.begin(
+        [
+            Transfer(torch.full((1000,), 10 * membership.rank + tag, dtype=torch.uint8), other, tag, is_send=True)
+            for other in others
+            for tag in (1, 2)
+        ]
+    )
+    receiving = membership.mover.begin(
+        [
+            Transfer(torch.empty(1000, dtype=torch.uint8), other, tag, is_send=False)
+            for tag in (2, 1)
+            for other in reversed(others)
+        ]
+    )
     for handle in sending:
         handle.wait()
+    deadline = time.monotonic() + 10
+    while not all(handle.is_done() for handle in receiving):
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
     return torch.stack([handle.wait() for handle in receiving])
+
+
+def late_row(rank: int, address: str) -> list[bool]:
+    """Whether rank 1 sees a row of rank 0 before it is sent, and afterwards; one that is never sent stays unseen."""
+    membership = meet(connect(address), 1, EpTopology.uniform(1, 2), rank)
+    if rank == 1:
+        rows = [torch.zeros(1 << 16, dtype=torch.uint8) for _ in range(2)]
+        coming, never = membership.mover.begin([Transfer(row, 0, tag, is_send=False) for tag, row in enumerate(rows)])
+        time.sleep(0.1)
+        seen = [coming.is_done()]
+        agree(membership, 0)
+        deadline = time.monotonic() + 10
+        while not coming.is_done() and time.monotonic() < deadline:
+            time.sleep(0.001)
+        seen += [coming.is_done(), bool((coming.wait() == 7).all()), never.is_done()]
+    else:
+        agree(membership, 0)
+        row = torch.full((1 << 16,), 7, dtype=torch.uint8)
+        (sending,) = membership.mover.begin([Transfer(row, 1, 0, is_send=True)])
+        seen = [sending.is_done()]
+        sending.wait()
+    agree(membership, 1)
+    membership.destroy()
+    return seen
 
 
 def move_rows(rank: int, address: str, size: int) -> list[int]:
@@ -259,8 +291,8 @@ def abandon(rank: int, address: str) -> int:
     store = connect(address)
     topology = EpTopology.uniform(1, 2)
     membership = meet(store, 1, topology, rank)
-    membership.mover.send(torch.zeros(1 << 22, dtype=torch.uint8), 1 - rank, tag=1)
-    membership.mover.receive(torch.zeros(1000, dtype=torch.uint8), 1 - rank, tag=2)
+    membership.mover.begin([Transfer(torch.zeros(1 << 22, dtype=torch.uint8), 1 - rank, 1, is_send=True)])
+    membership.mover.begin([Transfer(torch.zeros(1000, dtype=torch.uint8), 1 - rank, 2, is_send=False)])
     membership.destroy()
     following = meet(store, 2, topology, rank)
     moved = int(swap(following).sum())

@@ -78,6 +78,11 @@ def test_rows_move_by_tag(address):
         assert moved == [10 * other + tag for tag in (2, 1) for other in others]
 
 
+def test_a_row_is_seen_to_come(address):
+    """The sender never knows; the receiver asks without waiting."""
+    assert run_ranks(2, ep_programs.late_row, address) == [[False], [False, True, True, False]]
+
+
 def test_rows_on_their_way_do_not_keep_a_generation_alive(address):
     assert run_ranks(2, ep_programs.abandon, address) == [1000 * (11 + 12), 1000 * (1 + 2)]
 
@@ -98,7 +103,15 @@ def test_private_names_of_torch():
         assert hasattr(gloo, name), name
     for name in ("_timeout", "_threads", "_devices"):
         assert hasattr(gloo._Options(), name), name
-    for name in ("_register_backend", "_set_default_backend", "send", "recv", "abort"):
+    for name in (
+        "_register_backend",
+        "_set_default_backend",
+        "send",
+        "recv",
+        "abort",
+        "_start_coalescing",
+        "_end_coalescing",
+    ):
         assert hasattr(group, name), name
     assert hasattr(dist.TCPStore, "clone")
     assert group.BackendType.GLOO != group.BackendType.NCCL
