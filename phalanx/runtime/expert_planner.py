@@ -3,10 +3,12 @@
 The one owner of "which expert lives where": `placements` is what the ranks have switched to with the last plan. A layer
 moves in batches, each of which ends in a valid placement:
 
-    batch planned -> moves in a step -> all acknowledged -> flip in a step, with the moves of the next batch
+    batch planned -> moves in steps -> all acknowledged -> flip in a step, with moves of the next batch
+
+A step carries only as many rows as it can without being late itself.
 """
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -20,6 +22,9 @@ from phalanx.parallel.topology import EpTopology
 from phalanx.runtime.dispatch_policy import DispatchPolicy
 from phalanx.runtime.expert_config import ExpertConfig
 from phalanx.runtime.plan import ExpertLoad, ExpertStep, Flip, Move, MovesDone
+
+STEP_BYTES = 8 << 20
+"""What a rank sends, and what it receives, in one step; a single row may be larger. A CPU seals it in about 2 ms."""
 
 REPORT_STEPS = 32
 """Steps between two reports of load."""
@@ -71,7 +76,7 @@ class ExpertPlanner:
         self.rank_load: dict[int, int] = {}
         self._layers = [_Layer(placement) for placement in placements]
         self._next_id = self.num_steps = 0
-        self._retries: list[Move] = []
+        self._waiting: list[Move] = []
         self._free_staging: dict[tuple[int, int], list[int]] = {}
         self._reset_staging()
 
@@ -92,7 +97,6 @@ class ExpertPlanner:
     def step(self, tokens: Sequence[int]) -> ExpertStep:
         """The next step's part; `tokens` of each dp rank. Its flips and moves count as done by the ranks."""
         self.num_steps += 1
-        moves, self._retries = self._retries, []
         # First all flips, which free staging rows; a rank, too, flips before it moves.
         flips = [
             self._flip(index, layer, layer.active)
@@ -101,9 +105,10 @@ class ExpertPlanner:
         ]
         for index, layer in enumerate(self._layers):
             if layer.pending and layer.active is None:
-                moves += self._start(index, layer)
+                self._waiting += self._start(index, layer)
         kind = self.policy.choose(max(tokens, default=0))
-        return ExpertStep(kind, max(tokens, default=0), self.num_steps % REPORT_STEPS == 0, moves, flips)
+        is_report = self.num_steps % REPORT_STEPS == 0
+        return ExpertStep(kind, max(tokens, default=0), is_report, self._take_moves(), flips)
 
     def migrate(self, targets: Mapping[int, LayerPlacement]) -> None:
         """Head for other placements of some layers; what a layer was heading for before ends after its batch."""
@@ -127,7 +132,7 @@ class ExpertPlanner:
             for move_id in done.ids:
                 active.unfinished.pop(move_id, None)
             damaged = [active.unfinished[move_id] for move_id in done.failed if move_id in active.unfinished]
-            self._retries += [move for move in damaged if move not in self._retries]
+            self._waiting += [move for move in damaged if move not in self._waiting]
 
     def on_load(self, report: ExpertLoad) -> None:
         """Add a rank's counts."""
@@ -139,7 +144,7 @@ class ExpertPlanner:
         """Another generation: rows under way are forgotten with the old one's groups."""
         self.topologies = list(topologies)
         self._layers = [_Layer(placement) for placement in placements]
-        self._retries = []
+        self._waiting = []
         self.policy.enter(topologies)
         self._reset_staging()
 
@@ -181,6 +186,24 @@ class ExpertPlanner:
             self._next_id += 1
         layer.active = _Active(batch, moves, {move.id: move for move in moves})
         return moves
+
+    def _take_moves(self) -> list[Move]:
+        """Those that wait, first come first served, until an end of one has enough for this step."""
+        rows = max(1, STEP_BYTES // self.config.row_bytes)
+        sent: Counter[tuple[int, int]] = Counter()
+        received: Counter[tuple[int, int]] = Counter()
+        taken, left = [], []
+        for move in self._waiting:
+            source = self.config.stage_of[move.layer], move.source // self.config.slots_per_rank
+            target = self._place(move)
+            if sent[source] < rows and received[target] < rows:
+                sent[source] += 1
+                received[target] += 1
+                taken.append(move)
+            else:
+                left.append(move)
+        self._waiting = left
+        return taken
 
     def _flip(self, index: int, layer: _Layer, active: _Active) -> Flip:
         """All rows of a layer's batch are staged: they become slots with the next plan."""

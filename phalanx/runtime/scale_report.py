@@ -46,14 +46,16 @@ def state(engine: Engine, op: ScaleOp) -> ScaleState:
     """How an operation stands; `ranks` are those of the members only."""
     goal, is_done = op.goal, op.phase == "DONE"
     units = [list(goal.ranks_of[unit]) for unit in goal.new if unit not in goal.old]
-    over = {"DONE": list(goal.removed), "ABORTED": list(goal.added)}
+    # What a repair goes on without may be frozen: survivors that wait for it wake up when it is ended, not before.
+    removed = list(goal.removed)
+    gone = {"PREPARING": removed if goal.is_repair else [], "DONE": removed, "ABORTED": list(goal.added)}
     return ScaleState(
         op_id=goal.op_id,
         phase=op.phase,
         detail=op.detail,
         data=len(engine.mesh.units),
         wanted=[] if op.is_over else units,
-        gone=over.get(op.phase, []),
+        gone=gone.get(op.phase, []),
         ranks=rank_lines(engine) if is_done else [],
     )
 

@@ -18,7 +18,8 @@ Phase = Literal["PREPARING", "COMMITTING", "DONE", "ABORTED"]
 
 PREPARING_S = 600.0
 COMMITTING_S = 10.0
-REPAIR_S = 10.0
+REPAIR_S = 15.0
+"""Ray needs 5 s of them to end a frozen process."""
 
 
 class Grow(NamedTuple):

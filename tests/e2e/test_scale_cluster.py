@@ -55,15 +55,15 @@ def test_a_rank_that_is_lost_and_replaced(census: Census, answers: list[list[int
     """
     spare = FILE.replace("data: 2", "data: 3") + "moe: {redundant_experts: 32, on_rank_loss: shrink}\n"
     with deployed(spare, census) as deployment, deployment.client() as client, Load(client, answers) as load:
-        for number in range(2):
-            os.kill(pids(state(client))[1], signal.SIGKILL)
-            took_s = wait_until(lambda: state(client).data == 2, 10, "the repair")
+        for number, kind in enumerate((signal.SIGKILL, signal.SIGSTOP)):
+            os.kill(pids(state(client))[1], kind)
+            took_s = wait_until(lambda: state(client).data == 2, 20, "the repair")
             count = load.num_streams
             wait_until(lambda count=count: load.num_streams >= count + NUM_STREAMS, 60, "streams without the rank")
             assert_only(census, client, 2)
             assert follow(client, f"again {number}", 3).phase == "DONE"
             assert_only(census, client, 3)
-            print(f"\nrank lost: repaired after {took_s:.2f} s, longest pause {load.longest_gap_s:.2f} s")
+            print(f"\nrank lost ({kind.name}): repaired after {took_s:.2f} s, longest pause {load.longest_gap_s:.2f} s")
         assert state(client).incarnation == 1
 
 

@@ -18,6 +18,7 @@ from phalanx.moe.placement.types import LayerPlacement
 from phalanx.parallel.torch_transport import TorchTransport
 from phalanx.parallel.transport import Pending, Request
 from phalanx.runtime import replica_mesh
+from phalanx.runtime.executor.link import SILENCE_S
 from phalanx.runtime.executor.processes import ProcessExecutor
 from phalanx.runtime.rank_experts import RankExperts
 from tests.support.engines import SHARING_CORES, Hook, forked_ranks
@@ -30,7 +31,7 @@ LIMITS: dict[str, Any] = {
     "kv": {"num_blocks": 160, "block_size": 8},
 }
 SHRINK = {"dispatch": "flat", "on_rank_loss": "shrink"}
-TITLE = "SIGKILL of a rank: milliseconds until it is noticed, until tokens come again"
+TITLE = "loss of a rank: milliseconds until it is noticed, until tokens come again"
 BACK_S = 1.0
 
 
@@ -50,10 +51,10 @@ def kill(llm: LLM, rank: int) -> None:
     os.kill(pids(llm)[rank], signal.SIGKILL)
 
 
-def lose(llm: LLM, traffic: Traffic, rank: int) -> tuple[float, float]:
-    """Kill a rank in mid-step; returns the seconds until the repair begins and until tokens come again."""
+def lose(llm: LLM, traffic: Traffic, rank: int, kind: int = signal.SIGKILL) -> tuple[float, float]:
+    """Signal a rank in mid-step; returns the seconds until the repair begins and until tokens come again."""
     engine, generation, begun = llm.engine, llm.engine.mesh.generation, time.monotonic()
-    kill(llm, rank)
+    os.kill(pids(llm)[rank], kind)
     traffic.until(lambda: engine.mesh.op is not None and rank in engine.mesh.op.goal.removed)
     noticed = time.monotonic()
     traffic.until(lambda: engine.mesh.generation > generation)
@@ -76,8 +77,28 @@ def test_any_rank(moe_oracle: Oracle, data: int, rank: int, record_property: Cal
         traffic.turns(20)
         traffic.finish()
         assert len(llm.engine.mesh.units) == data - 1
-    record_property("table", (TITLE, f"data {data}", f"rank {rank}", f"{1000 * noticed_s:.0f} {1000 * back_s:.0f}"))
+    record_property(
+        "table", (TITLE, f"SIGKILL, data {data}", f"rank {rank}", f"{1000 * noticed_s:.0f} {1000 * back_s:.0f}")
+    )
     assert back_s < BACK_S
+
+
+@pytest.mark.multi
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_frozen_rank(moe_oracle: Oracle, rank: int, record_property: Callable[[str, object], None]) -> None:
+    """It is found by its silence and ended; those that wait for it in an exchange wake up by that."""
+    with running(moe_oracle, 3, redundant=6) as llm:
+        frozen, traffic = pids(llm)[rank], Traffic(llm.engine, moe_oracle, NUM_STREAMS)
+        traffic.turns(20)
+        noticed_s, back_s = lose(llm, traffic, rank, signal.SIGSTOP)
+        traffic.turns(20)
+        traffic.finish()
+        assert len(llm.engine.mesh.units) == 2
+        with pytest.raises(ProcessLookupError):
+            os.kill(frozen, 0)
+    row = ("SIGSTOP, data 3", f"rank {rank}", f"{1000 * noticed_s:.0f} {1000 * back_s:.0f}")
+    record_property("table", (TITLE, *row))
+    assert back_s < SILENCE_S + 1 + BACK_S
 
 
 @pytest.mark.multi

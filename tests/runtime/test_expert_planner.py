@@ -17,7 +17,7 @@ from phalanx.moe.placement.types import LayerPlacement
 from phalanx.parallel.topology import EpTopology
 from phalanx.runtime.dispatch_policy import SWITCH_STEPS, DispatchPolicy
 from phalanx.runtime.expert_config import ExpertConfig
-from phalanx.runtime.expert_planner import REPORT_STEPS, ExpertPlanner
+from phalanx.runtime.expert_planner import REPORT_STEPS, STEP_BYTES, ExpertPlanner
 from phalanx.runtime.plan import ExpertLoad, ExpertStep, Move, MovesDone
 from tests.support.placements import Group, groups, layers
 
@@ -26,13 +26,13 @@ MAX_LAG = 2
 """Plans a rank may be behind the engine."""
 
 
-def config(group: Group, num_layers: int, staging_rows: int, stages: int = 1) -> ExpertConfig:
+def config(group: Group, num_layers: int, staging_rows: int, stages: int = 1, row_bytes: int = 100) -> ExpertConfig:
     return ExpertConfig(
         dispatch="flat",
         exact=False,
         num_experts=(group.num_experts,) * num_layers,
         stage_of=tuple(layer * stages // num_layers for layer in range(num_layers)),
-        row_bytes=100,
+        row_bytes=row_bytes,
         slots_per_rank=group.slots_per_rank,
         staging_rows=staging_rows,
     )
@@ -138,8 +138,10 @@ def test_layers_reach_their_targets_whatever_happens(case, damage) -> None:
     """New targets come in mid-flight, rows arrive damaged, ranks lag: slots always hold what the tables say."""
     group, start, ways, staging_rows, seed = case
     rng = random.Random(seed)
+    row_bytes = (100, STEP_BYTES // 2, 2 * STEP_BYTES)[seed % 3]
+    policy = DispatchPolicy("flat", [group.topology], None)
     planner = ExpertPlanner(
-        config(group, len(start), staging_rows), [group.topology], start, DispatchPolicy("flat", [group.topology], None)
+        config(group, len(start), staging_rows, row_bytes=row_bytes), [group.topology], start, policy
     )
     toy = Toy(group, start, staging_rows, rng)
     targets: dict[int, LayerPlacement] = {}
@@ -176,13 +178,14 @@ def test_layers_reach_their_targets_whatever_happens(case, damage) -> None:
     assert all(owner is None for rank in toy.ranks for owner in rank.owner)
 
 
-def make(num_ranks: int = 2, num_experts: int = 4, num_layers: int = 1, staging_rows: int = 2) -> ExpertPlanner:
+def make(
+    num_ranks: int = 2, num_experts: int = 4, num_layers: int = 1, staging_rows: int = 2, row_bytes: int = 100
+) -> ExpertPlanner:
     topology = EpTopology.uniform(1, num_ranks)
     group = Group(topology, num_experts, num_experts // num_ranks)
     start = linear([num_experts] * num_layers, num_ranks, group.slots_per_rank).layers
-    return ExpertPlanner(
-        config(group, num_layers, staging_rows), [topology], start, DispatchPolicy("auto", [topology], None)
-    )
+    policy = DispatchPolicy("auto", [topology], None)
+    return ExpertPlanner(config(group, num_layers, staging_rows, row_bytes=row_bytes), [topology], start, policy)
 
 
 def swapped() -> LayerPlacement:
@@ -244,6 +247,21 @@ def test_layers_share_the_staging_rows() -> None:
     plan = planner.step([1, 1])
     assert [flip.layer for flip in plan.flips] == [1]
     assert sorted({move.layer for move in plan.moves}) == [2]
+
+
+@pytest.mark.parametrize(("row_bytes", "rows"), [(2 * STEP_BYTES, 1), (STEP_BYTES // 2, 2), (100, 4)])
+def test_a_step_carries_what_it_can(row_bytes: int, rows: int) -> None:
+    """Of rows larger than a step's share one, of smaller ones as many as fit; to and from each rank."""
+    planner = make(num_experts=8, staging_rows=4, row_bytes=row_bytes)
+    planner.migrate({0: LayerPlacement(0, (4, 5, 6, 7, 0, 1, 2, 3))})
+    for _ in range(4 // rows):
+        plan = planner.step([1, 1])
+        assert sorted(move.source // 4 for move in plan.moves) == [0] * rows + [1] * rows
+        assert plan.flips == []
+        done(planner, plan.moves)
+        planner.check()
+    assert len(planner.step([1, 1]).flips) == 1
+    assert not planner.is_migrating
 
 
 def test_another_generation_forgets_what_was_under_way() -> None:

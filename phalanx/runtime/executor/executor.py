@@ -22,7 +22,10 @@ class Came(NamedTuple):
 
 
 class Lost(NamedTuple):
-    """A rank that the engine can do without is dead or frozen, or did not come."""
+    """A rank that the engine can do without is dead or frozen, or did not come.
+
+    A frozen one must be ended by whoever started it: until then it holds up the others in their exchanges.
+    """
 
     rank: int
     reason: str

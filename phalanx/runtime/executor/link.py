@@ -125,7 +125,7 @@ class LinkExecutor:
         for rank, heard in list(self._heard.items()):
             if now - heard > SILENCE_S and not self._connections[rank].poll(0):
                 silence = f"has been silent for {now - heard:.1f} s (limit {SILENCE_S} s): it is frozen, or its node is"
-                if rank in self.members:  # it would hold up the others in their exchanges for as long as it lives
+                if rank not in self.spare:
                     raise ReplicaLostError(f"{self._name(rank)} {silence}; the replica restarts")
                 self._lose(rank, silence)
         events += self._late

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 import msgspec
 
 from phalanx.errors import ReplicaLostError
-from phalanx.runtime.executor.executor import Event, HasFileno
+from phalanx.runtime.executor.executor import Event, HasFileno, Lost
 from phalanx.runtime.executor.link import LinkExecutor
 from phalanx.runtime.plan import Order, Ready, StepPlan
 from phalanx.runtime.rank import Bootstrap
@@ -64,7 +64,11 @@ class ProcessExecutor:
         if self._ending:
             self._reap()
         with self._naming_the_dead():
-            return self._link.poll(timeout_s, wake)
+            events = self._link.poll(timeout_s, wake)
+        for event in events:
+            if isinstance(event, Lost) and event.rank in self._processes:
+                self._processes[event.rank].kill()  # a frozen one would hold up the others in their exchanges
+        return events
 
     def grow(self, ranks: Sequence[int]) -> None:
         """Start further processes."""
