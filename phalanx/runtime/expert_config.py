@@ -10,6 +10,9 @@ from phalanx.moe.spec import CapacitySpec, MoeSpec
 from phalanx.parallel.costmodel import ExpertTraffic
 from phalanx.parallel.mesh import MeshShape
 
+STAGING_ROWS = 4
+"""Experts that may be on their way to a rank at once; memory for them is part of the plan."""
+
 DISPATCHERS = ("auto", "local", "allgather", "flat", "two_hop")
 
 
@@ -39,7 +42,7 @@ class ExpertConfig:
     row_bytes: int
     slots_per_rank: int
     node_size: int = 0
-    staging_rows: int = 4
+    staging_rows: int = STAGING_ROWS
     rebalance_interval: int = 3000
     max_moved: float = 0.1
     on_rank_loss: Literal["restart", "shrink"] = "restart"

@@ -4,9 +4,11 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from phalanx.errors import ConfigError
-from phalanx.models.sizes import kv_bytes_per_token, parameter_count, widest_row
+from phalanx.models.sizes import expert_parameter_count, kv_bytes_per_token, parameter_count, widest_row
 from phalanx.models.spec import DecoderConfig
+from phalanx.moe.spec import MoeSpec
 from phalanx.parallel.mesh import MeshShape
+from phalanx.runtime.expert_config import STAGING_ROWS
 from phalanx.runtime.kv.spec import KVSpec
 from phalanx.runtime.step_builder import MAX_PROMPT_LOGPROBS
 
@@ -61,7 +63,8 @@ def stage_bytes(
     """What every rank of a stage needs; `slots_per_rank` as in `parameter_count`.
 
     Workspace is the widest moment of a step: three rows of hidden size per token and one layer's projections; on the
-    last stage also one row of logits per sequence and per prompt token that wants one.
+    last stage also one row of logits per sequence and per prompt token that wants one; and where there are experts, the
+    rows that hold those on their way here.
     """
     is_first, is_last = stage == 0, stage == shape.pp - 1
     weights = parameter_count(model, shape, layers, is_first, is_last, slots_per_rank) * itemsize
@@ -69,6 +72,9 @@ def stage_bytes(
     workspace = batch.max_tokens * (3 * model.hidden_size + widest) * itemsize
     if is_last:
         workspace += (batch.max_sequences + MAX_PROMPT_LOGPROBS) * model.vocab_size * LOGITS_BYTES
+    mlps = (layer.mlp for layer in model.layers[slice(*layers)])
+    rows = [expert_parameter_count(mlp.experts, model.hidden_size) for mlp in mlps if isinstance(mlp, MoeSpec)]
+    workspace += STAGING_ROWS * max(rows, default=0) * itemsize
     return StageBytes(stage, weights, workspace, block_size * kv_bytes_per_token(model, shape.tp, layers, itemsize))
 
 
