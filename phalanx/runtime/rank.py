@@ -146,17 +146,23 @@ def _obey(worker: "Worker", order: plan.Order, sender: "Sender") -> None:
 
 
 class Sender:
-    """Sends results in order, and a ping twice a second, from a thread of its own.
+    """Sends results in order from a thread of its own, and a ping twice a second from another one.
 
-    On CUDA waiting for a step's ids must not keep the main thread from launching the next step.
+    On CUDA waiting for a step's ids must not keep the main thread from launching the next step, nor a long step the
+    pings from leaving: a rank that is silent counts as frozen.
     """
 
     def __init__(self, connection: Connection, rank: int) -> None:
         self._connection, self._rank = connection, rank
         self._lock = threading.Lock()
         self._queue: queue.SimpleQueue[PendingResult | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._loop, name="rank-sender", daemon=True)
-        self._thread.start()
+        self._closed = threading.Event()
+        self._threads = [
+            threading.Thread(target=target, name=name, daemon=True)
+            for target, name in ((self._send_results, "rank-sender"), (self._ping, "rank-ping"))
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def send(self, data: bytes) -> None:
         """Send now."""
@@ -171,22 +177,27 @@ class Sender:
             self._queue.put(result)
 
     def close(self) -> None:
-        """Stop the thread after what is queued."""
+        """Stop the threads after what is queued."""
+        self._closed.set()
         self._queue.put(None)
-        self._thread.join(timeout=2.0)
+        for thread in self._threads:
+            thread.join(timeout=2.0)
 
-    def _loop(self) -> None:
-        while True:
-            try:
-                result = self._queue.get(timeout=PING_S)
-            except queue.Empty:
-                data = plan.encode(plan.Ping(self._rank))
-            else:
-                if result is None:
-                    return
+    def _send_results(self) -> None:
+        try:
+            while (result := self._queue.get()) is not None:
                 data = plan.encode(result.wait())
+                try:
+                    self.send(data)
+                except OSError:
+                    return
+        finally:
+            self._closed.set()  # a rank whose results do not come any more, whatever ended them, shall fall silent
+
+    def _ping(self) -> None:
+        while not self._closed.wait(PING_S):
             try:
-                self.send(data)
+                self.send(plan.encode(plan.Ping(self._rank)))
             except OSError:
                 return
 
