@@ -82,6 +82,23 @@ def test_loading_may_be_silent(cluster, monkeypatch):
     assert "silent" in lost.reason
 
 
+def test_freezing_while_loading(cluster, monkeypatch):
+    """Found, too, only later: the operation that waits for the rank ends long before its deadline."""
+    monkeypatch.setattr(link, "LOADING_SILENCE_S", 0.3)
+    cluster.executor.grow([LATE])
+    late = cluster.dial(LATE)
+    assert cluster.until(bool) == [Came(LATE, "here")]
+    stop = time.monotonic() + 0.6
+    while time.monotonic() < stop:
+        late.send_bytes(messages.encode(Ping(LATE)))
+        assert cluster.executor.poll(0.01) == []
+        cluster.ends[0].send_bytes(messages.encode(Ping(0)))
+    (lost,) = cluster.until(bool)
+    assert isinstance(lost, Lost)
+    assert "silent for 0." in lost.reason
+    assert "limit 0.3 s" in lost.reason
+
+
 def test_death_before_dialling(cluster):
     """Nothing but its process tells of it; waiting for it would end by the operation's deadline alone."""
     cluster.executor.grow([LATE])

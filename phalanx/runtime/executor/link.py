@@ -13,8 +13,10 @@ from phalanx.runtime.rank_link import MAX_MESSAGE_BYTES, Dialled, RankListener
 from phalanx.runtime.rank_spec import RankSpec, encode_spec
 
 SILENCE_S = 3.0
-"""A rank pings twice a second from a thread of its own: silent for this long = dead or frozen. Counts from `Ready` on:
-before, imports hold the pings up, and whoever waits for the rank has a deadline."""
+"""A rank pings twice a second from a thread of its own: silent for this long = dead or frozen."""
+
+LOADING_SILENCE_S = 120.0
+"""The same before a rank is ready: its first ping comes when everything is imported and its unit has met."""
 
 LAST_WORDS_S = 0.5
 """After the first loss: how long to listen for the rank that failed first."""
@@ -118,13 +120,14 @@ class LinkExecutor:
                 message = self._receive(rank)
                 if isinstance(message, Ready):
                     self.ready[rank] = message
-                if rank in self.ready and rank in self._connections:
+                if rank in self._connections:
                     self._heard[rank] = now
                 if message is not None and not isinstance(message, Ping):
                     events.append(message)
         for rank, heard in list(self._heard.items()):
-            if now - heard > SILENCE_S and not self._connections[rank].poll(0):
-                silence = f"has been silent for {now - heard:.1f} s (limit {SILENCE_S} s): it is frozen, or its node is"
+            limit_s = SILENCE_S if rank in self.ready else LOADING_SILENCE_S
+            if now - heard > limit_s and not self._connections[rank].poll(0):
+                silence = f"has been silent for {now - heard:.1f} s (limit {limit_s} s): it is frozen, or its node is"
                 if rank not in self.spare:
                     raise ReplicaLostError(f"{self._name(rank)} {silence}; the replica restarts")
                 self._lose(rank, silence)
@@ -140,6 +143,7 @@ class LinkExecutor:
 
     def _admit(self, rank: int, dialled: Dialled) -> None:
         self._connections[rank], self.nodes[rank] = dialled
+        self._heard[rank] = time.monotonic()
 
     def _arrivals(self) -> list[Event]:
         arrived: list[Event] = []
