@@ -32,9 +32,13 @@ class StoredTensor:
         Raises:
             CheckpointError: the values are not plain floats, or the file is damaged.
         """
-        if self.dtype not in FLOATS:
+        return self.raw(index, *FLOATS)
+
+    def raw(self, index: tuple[slice, ...], *dtypes: str) -> Tensor:
+        """As `read`, of a tensor in one of these dtypes, named as safetensors does."""
+        if self.dtype not in dtypes:
             raise CheckpointError(
-                f"{self.path}: tensor {self.key!r} is {self.dtype}; only {', '.join(FLOATS)} can be read"
+                f"{self.path}: tensor {self.key!r} is {self.dtype}; only {', '.join(dtypes)} can be read"
             )
         try:
             part: Tensor = self._view[index]
@@ -73,15 +77,21 @@ class Checkpoint:
         Raises:
             CheckpointError: a shard is missing or damaged, or lacks a tensor that the index names in it.
         """
-        for key, name in sorted(self._file_of_key.items(), key=lambda item: (item[1], item[0])):
-            file = self._open(name)
-            try:
-                view = file.get_slice(key)
-            except SafetensorError as error:
-                raise CheckpointError(
-                    f"{self._folder / name} lacks tensor {key!r}, which {INDEX} says it holds"
-                ) from error
-            yield StoredTensor(key, self._folder / name, view)
+        for key, _ in sorted(self._file_of_key.items(), key=lambda item: (item[1], item[0])):
+            yield self.tensor(key)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._file_of_key
+
+    def tensor(self, key: str) -> StoredTensor:
+        """One of its tensors; raises as `tensors`."""
+        name = self._file_of_key[key]
+        file = self._open(name)
+        try:
+            view = file.get_slice(key)
+        except SafetensorError as error:
+            raise CheckpointError(f"{self._folder / name} lacks tensor {key!r}, which {INDEX} says it holds") from error
+        return StoredTensor(key, self._folder / name, view)
 
     def _single_keys(self) -> list[str]:
         if not (self._folder / SINGLE).is_file():

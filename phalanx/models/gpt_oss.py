@@ -1,6 +1,6 @@
 """gpt-oss: transformers `GptOssForCausalLM`. Attention sinks, every other layer windowed, clamped experts with biases.
 
-OpenAI's own files hold the experts in mxfp4 and are refused (`quantization_config`); bf16 conversions of them load.
+OpenAI's own files hold the experts in mxfp4 (`quantized.py`); bf16 conversions of them load, too.
 """
 
 from collections.abc import Mapping

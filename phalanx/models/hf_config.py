@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from phalanx import plugins
 from phalanx.errors import CheckpointError, ConfigError
@@ -45,12 +45,36 @@ def read_config(path: str | Path) -> DecoderConfig:
     """
     folder = resolve_path(str(path))
     hf = read_json(folder / "config.json")
-    if hf.get("quantization_config") is not None:
-        raise unsupported("quantization_config", hf["quantization_config"], "only unquantized checkpoints")
+    read_quantization(hf)
     config: DecoderConfig = family(hf).decoder_config(hf)
     generation = folder / "generation_config.json"
     eos = read_json(generation).get("eos_token_id") if generation.is_file() else None
     return dataclasses.replace(config, eos_token_ids=read_eos({"eos_token_id": eos})) if eos is not None else config
+
+
+class Quantization(NamedTuple):
+    """How a checkpoint's quantized weights are stored: "mxfp4", or "fp8" in blocks of (rows, columns)."""
+
+    method: str
+    block: tuple[int, int] = (1, 1)
+
+
+def read_quantization(hf: Mapping[str, Any]) -> Quantization | None:
+    """What is to be dequantized when the weights are read; None = nothing.
+
+    Raises:
+        CheckpointError: a way to store weights that is not read.
+    """
+    value = hf.get("quantization_config")
+    if value is None:
+        return None
+    method = value.get("quant_method") if isinstance(value, dict) else None
+    block = value.get("weight_block_size") if isinstance(value, dict) else None
+    if method == "mxfp4":
+        return Quantization("mxfp4")
+    if method == "fp8" and isinstance(block, list) and [type(n) is int and n > 0 for n in block] == [True, True]:
+        return Quantization("fp8", (block[0], block[1]))
+    raise unsupported("quantization_config", value, "mxfp4, and fp8 with a weight_block_size; or a plain checkpoint")
 
 
 def family(hf: Mapping[str, Any]) -> Any:

@@ -1,15 +1,16 @@
 """From a checkpoint folder to a decoder that runs: each rank reads its own slices and nothing else."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from phalanx.errors import CheckpointError
-from phalanx.models.checkpoint import Checkpoint, StoredTensor
+from phalanx.models.checkpoint import Checkpoint
 from phalanx.models.decoder import Decoder
-from phalanx.models.hf_config import family, read_config, read_json, resolve_path
+from phalanx.models.hf_config import family, read_config, read_json, read_quantization, resolve_path
+from phalanx.models.quantized import PlainTensor, plain
 from phalanx.models.spec import DecoderConfig
 from phalanx.models.weights import EVERY, Stacking, Target, split_layer, unknown
 from phalanx.moe.group import ExpertGroup
@@ -63,20 +64,21 @@ def load_model(
         choose=choose,
         experts=experts,
     )
+    hf = read_json(folder / "config.json")
     with Checkpoint(folder) as checkpoint:
-        fill(decoder, checkpoint, family(read_json(folder / "config.json")))
+        fill(decoder, plain(checkpoint, read_quantization(hf)), family(hf))
     decoder.finalize()
     return decoder
 
 
-def fill(decoder: Decoder, checkpoint: Checkpoint, names: Any) -> None:
+def fill(decoder: Decoder, tensors: Iterable[PlainTensor], names: Any) -> None:
     """Fill every parameter of a stage; `names` is the family module whose `locate` places each tensor.
 
     Raises:
         CheckpointError: a tensor has no place or another shape, or a parameter is left unfilled.
     """
     parameters = decoder.parameters()
-    for stored in checkpoint.tensors():
+    for stored in tensors:
         if _is_extra(stored.key, decoder.config):
             continue
         target: Target | None = names.locate(stored.key)
@@ -121,7 +123,7 @@ def _num_experts(target: Target, config: DecoderConfig) -> int:
     return 0
 
 
-def _fill_one(parameter: Parameter, target: Target, stored: StoredTensor) -> None:
+def _fill_one(parameter: Parameter, target: Target, stored: PlainTensor) -> None:
     shapes = _segment_shapes(parameter, target, stored)
     _check_shape(stored, (sum(shape[0] for shape in shapes), *shapes[0][1:]))
     base = 0
@@ -136,7 +138,7 @@ def _fill_one(parameter: Parameter, target: Target, stored: StoredTensor) -> Non
 
 
 def _fill_experts(
-    parameters: Mapping[str, Parameter], target: Target, stacking: Stacking, num_experts: int, stored: StoredTensor
+    parameters: Mapping[str, Parameter], target: Target, stacking: Stacking, num_experts: int, stored: PlainTensor
 ) -> None:
     """A tensor of all experts: of each one that this rank holds its own block is read, the others are not."""
     names = {target.name.replace(EVERY, str(expert)): expert for expert in range(num_experts)}
@@ -157,13 +159,13 @@ def _fill_experts(
                 raise CheckpointError(f"{stored.path}: expert {expert} of {stored.key!r} is stored twice, and differs")
 
 
-def _segment_shapes(parameter: Parameter, target: Target, stored: StoredTensor) -> list[tuple[int, ...]]:
+def _segment_shapes(parameter: Parameter, target: Target, stored: PlainTensor) -> list[tuple[int, ...]]:
     if any(name not in parameter.segments for name in target.segments):
         raise unknown(stored.key)
     return [parameter.segments[name].shape for name in target.segments]
 
 
-def _check_shape(stored: StoredTensor, expected: tuple[int, ...]) -> None:
+def _check_shape(stored: PlainTensor, expected: tuple[int, ...]) -> None:
     if stored.shape != expected:
         raise CheckpointError(
             f"{stored.path}: tensor {stored.key!r} has shape {list(stored.shape)}, config.json says {list(expected)}"

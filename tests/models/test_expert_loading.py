@@ -52,7 +52,7 @@ def build(path, rank=0, num_ranks=1, layer_range=None):
 def filled(path, names=None, **where):
     decoder = build(path, **where)
     with Checkpoint(path) as checkpoint:
-        fill(decoder, checkpoint, names or plugins.load("models", decoder.config.model_type, FAMILY))
+        fill(decoder, checkpoint.tensors(), names or plugins.load("models", decoder.config.model_type, FAMILY))
     return {name: parameter.tensor for name, parameter in decoder.parameters().items()}
 
 

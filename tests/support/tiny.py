@@ -57,7 +57,9 @@ def hf_model(family_name: str, seed: int = 0, **config_overrides: Any) -> Any:
     transformers.logging.disable_progress_bar()
     fields = {**plugins.load("models", family_name, FAMILY).TINY, **config_overrides}
     config = transformers.AutoConfig.for_model(**fields)
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed + 3)  # some vectors, for example sinks, start as random numbers
+        model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
     redraw(model, seed)
     return model.eval()
 
