@@ -35,15 +35,17 @@ def alone(
     """The expert group of a stage of one rank, which holds every expert of its layers; `choose` as for its kernels.
 
     Raises:
-        ConfigError: the stage has several ranks, or its layers have different numbers of experts.
+        ConfigError: the stage has several ranks.
     """
     num_ranks = mesh.shape.dp * mesh.shape.tp
     if num_ranks > 1:
         raise ConfigError(f"experts are spread over the {num_ranks} ranks of a stage; give their expert group")
     num_experts = [spec.router.num_experts for spec in specs]
-    placement = linear(num_experts, 1, num_experts[0])
+    placement = linear(num_experts, 1, max(num_experts))
     topology = EpTopology.uniform(1, 1)
-    return ExpertGroup(topology, 0, placement.layers, num_experts[0], exact=True, device=device, choose=choose)
+    return ExpertGroup(
+        topology, 0, placement.layers, placement.slots_per_rank, exact=True, device=device, choose=choose
+    )
 
 
 class MoeBlock:
@@ -154,7 +156,7 @@ class MoeBlock:
     def _pack_experts(self) -> Experts:
         spec, context = self._spec.experts, self._context
         shape = ExpertShape(
-            num_slots=self._group.slots_per_rank,
+            num_slots=self._group.slots_of(self._index),
             hidden_size=context.hidden_size,
             intermediate_size=spec.intermediate_size,
             activation=spec.activation,

@@ -58,10 +58,10 @@ class MoeLayer:
         group = self._group
         key_t = None if step.key_T is None else step.key_T[rows]
         if step.kind == ALONE:
-            slots_tK = routing.topk_ids_TK % group.slots_per_rank  # nothing is dropped without scopes
+            slots_tK = routing.topk_ids_TK % group.slots_of(self._layer)  # nothing is dropped without scopes
         else:
             slots_tK = select(routing.topk_ids_TK, group.tables[self._layer], group.rank, key_t)
-        dispatcher = group.dispatcher(step.kind, self._spec.router.top_k, x_TD.shape[1], x_TD.dtype)
+        dispatcher = group.dispatcher(step.kind, self._layer, self._spec.router.top_k, x_TD.shape[1], x_TD.dtype)
         got = group.run(dispatcher.dispatch(x_tD, slots_tK, routing.topk_weights_TK, step.padded_T), shared)
         if group.exact:
             y = self._experts.forward_pairs(got.x_RD, got.slots_RK)
