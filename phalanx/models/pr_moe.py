@@ -6,6 +6,9 @@ Source: DeepSpeed-MoE (arXiv:2201.05596) sec. 4. transformers has no class for i
     num_experts     int, or a list with one number per layer (pyramid); 0 = a dense layer
     residual_mlp    true: a layer with experts is c0 * experts(x) + c1 * mlp(x), c = softmax(coefficient(x)), its mlp as
                     wide as a dense layer (`intermediate_size`); false: experts alone
+    task_experts    optional, [tasks][layers with experts][num_experts_per_tok]: experts by the task of a request; no
+                    router tensors then, `norm_topk_prob` says nothing (task-level routing, arXiv:2110.03742)
+    task_weights    optional, numbers of the same shape; without them all weights are 1 / num_experts_per_tok
     others          as Qwen3-MoE (`moe_intermediate_size`, `num_experts_per_tok`, `norm_topk_prob`, ...), but for
                     `decoder_sparse_step` and `mlp_only_layers`, in whose place `num_experts` is
 
@@ -21,7 +24,7 @@ from typing import Any
 
 from phalanx.errors import CheckpointError
 from phalanx.models.hf_config import assemble, flag, integer, number, read_activation
-from phalanx.models.hf_moe import EXPERT_PARTS, MOE, Names, moe_locate, read_experts, softmax_router
+from phalanx.models.hf_moe import EXPERT_PARTS, MOE, Names, moe_locate, read_experts, read_tasks, softmax_router
 from phalanx.models.qwen3_moe import attention_spec
 from phalanx.models.spec import DecoderConfig, LayerSpec, MlpSpec, NormSpec
 from phalanx.models.weights import WHOLE, Target
@@ -70,16 +73,19 @@ def decoder_config(hf: Mapping[str, Any]) -> DecoderConfig:
     attention, norms = attention_spec(hf), NormSpec(eps=number(hf, "rms_norm_eps", 1e-6))
     dense = MlpSpec(intermediate_size=integer(hf, "intermediate_size"), activation=read_activation(hf))
     shared = SharedSpec(intermediate_size=dense.intermediate_size) if flag(hf, "residual_mlp") else None
+    counts = _counts(hf)
+    tasks = iter(read_tasks(hf, [count for count in counts if count]))
     mlps = [
         MoeSpec(
             router=softmax_router({**hf, "num_experts": count}),
             experts=read_experts(hf),
             shared=shared,
             residual=shared is not None,
+            tasks=next(tasks),
         )
         if count
         else dense
-        for count in _counts(hf)
+        for count in counts
     ]
     return assemble(hf, [LayerSpec(attention=attention, mlp=mlp, norms=norms) for mlp in mlps])
 

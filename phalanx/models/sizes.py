@@ -156,7 +156,7 @@ def _mlp(spec: MlpSpec, hidden_size: int, tp: int) -> int:
 def _moe(spec: MoeSpec, hidden_size: int, shape: MeshShape, slots_per_rank: int) -> int:
     router, experts, shared = spec.router, spec.experts, spec.shared
     slots = slots_of(router.num_experts, slots_per_rank)
-    count = router.num_experts * (hidden_size + router.gate_bias + router.use_bias)
+    count = 0 if spec.tasks else router.num_experts * (hidden_size + router.gate_bias + router.use_bias)
     count += slots * expert_parameter_count(experts, hidden_size)
     if shared is not None:
         count += _mlp(MlpSpec(intermediate_size=shared.intermediate_size), hidden_size, shape.tp)

@@ -33,12 +33,14 @@ class EpStep:
         key_T: [T] int64, a number of (request, position): chooses among replicas, so that a token always takes the
             same one, whatever is in the batch. None = rows have no request (warm-up).
         scope_T: [T] int64, equal for tokens of one request; None unless a capacity limit counts by it.
+        task_T: [T] int64, task of each token's request; None unless the model has tasks (then: task 0, warm-up).
     """
 
     kind: str
     padded_T: int
     key_T: Tensor | None = None
     scope_T: Tensor | None = None
+    task_T: Tensor | None = None
 
 
 class ExpertGroup:

@@ -139,6 +139,11 @@ def resolve_experts(
         raise ConfigError(
             f"moe.on_rank_loss shrink needs tensor 1 and pipeline 1, not {shape.tp} and {shape.pp}; use restart"
         )
+    if model.num_tasks and options.capacity is not None and options.capacity.overflow == "next":
+        raise ConfigError(
+            f"moe.capacity.overflow next needs the scores of a router, but {model.model_type} chooses experts by task; "
+            "use drop"
+        )
     layers = [index for index, layer in enumerate(model.layers) if isinstance(layer.mlp, MoeSpec)]
     return ExpertConfig(
         dispatch=options.dispatch,

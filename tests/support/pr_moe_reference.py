@@ -20,6 +20,8 @@ class PrMoeConfig(transformers.Qwen3Config):  # type: ignore[misc]
     moe_intermediate_size: int = 0
     norm_topk_prob: bool = False
     residual_mlp: bool = False
+    task_experts: Any = None
+    task_weights: Any = None
 
 
 class Mlp(nn.Module):
@@ -38,12 +40,20 @@ class Mlp(nn.Module):
 
 
 class PrMoeBlock(nn.Module):
-    """A feed-forward layer with experts."""
+    """A feed-forward layer with experts, the `index`-th of them; with tasks, `task` is the one of all its input."""
 
-    def __init__(self, config: Any, num_experts: int) -> None:
+    def __init__(self, config: Any, num_experts: int, index: int) -> None:
         super().__init__()
         self.top_k, self.normalise = config.num_experts_per_tok, config.norm_topk_prob
-        self.gate = nn.Linear(config.hidden_size, num_experts, bias=False)
+        self.task, self.by_task = 0, None
+        if config.task_experts is None:
+            self.gate = nn.Linear(config.hidden_size, num_experts, bias=False)
+        else:
+            self.by_task = []
+            for task, table in enumerate(config.task_experts):
+                equal = [1 / self.top_k] * self.top_k
+                weights = equal if config.task_weights is None else config.task_weights[task][index]
+                self.by_task.append(dict(zip(table[index], weights, strict=True)))
         self.experts = nn.ModuleList(Mlp(config.hidden_size, config.moe_intermediate_size) for _ in range(num_experts))
         if config.residual_mlp:
             self.residual_mlp = Mlp(config.hidden_size, config.intermediate_size)
@@ -61,6 +71,9 @@ class PrMoeBlock(nn.Module):
 
     def _weights(self, x: Tensor) -> Tensor:
         """(..., experts), 0 for those not chosen."""
+        if self.by_task is not None:
+            chosen = [self.by_task[self.task].get(expert, 0.0) for expert in range(len(self.experts))]
+            return torch.tensor(chosen, dtype=x.dtype).expand(*x.shape[:-1], -1)
         scores = torch.exp(self.gate(x).double())
         probabilities = scores / scores.sum(-1, keepdim=True)
         least = probabilities.sort(dim=-1, descending=True).values[..., self.top_k - 1 : self.top_k]
@@ -79,10 +92,16 @@ class PrMoeForCausalLM(transformers.Qwen3ForCausalLM):  # type: ignore[misc]
         super().__init__(config)
         counts = config.num_experts
         counts = counts if isinstance(counts, list) else [counts] * config.num_hidden_layers
-        for layer, count in zip(self.model.layers, counts, strict=True):
+        for number, count in enumerate(counts):
             if count:
-                layer.mlp = PrMoeBlock(config, count)
+                index = sum(1 for before in counts[:number] if before)
+                self.model.layers[number].mlp = PrMoeBlock(config, count, index)
         self.post_init()
+
+    def use_task(self, task: int) -> None:
+        """Everything from now on is of this task."""
+        for layer in self.model.layers:
+            layer.mlp.task = task
 
 
 def register() -> None:
