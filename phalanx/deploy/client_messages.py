@@ -31,6 +31,7 @@ _SAMPLING_FIELDS = (
     "presence_penalty",
     "frequency_penalty",
     "repetition_penalty",
+    "task",
 )
 _STOPPING_FIELDS = ("max_tokens", "min_tokens", "ignore_eos")
 _OUTPUT_FIELDS = ("logprobs", "prompt_logprobs", "skip_special_tokens")

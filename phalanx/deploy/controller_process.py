@@ -29,11 +29,13 @@ SLICE_S = 0.2
 def server_options(plan: DeploymentPlan) -> ServerOptions:
     """The controller's part of a plan."""
     server, folder = plan.server, resolve_path(plan.model.path)
+    model = read_config(folder)
     return ServerOptions(
         model_name=plan.model.name,
         model_path=str(folder),
-        vocab_size=read_config(folder).vocab_size,
+        vocab_size=model.vocab_size,
         max_model_len=plan.scheduler.max_model_len,
+        num_tasks=model.num_tasks,
         listen=server.listen,
         engine_listen=server.engine_listen,
         metrics_listen=None if server.metrics == "off" else server.metrics,

@@ -4,14 +4,14 @@ No torch here: the planner reads configs, too.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from phalanx.errors import CheckpointError
 from phalanx.models.hf_config import flag, integer, number, read_activation, unsupported
 from phalanx.models.spec import MlpSpec
 from phalanx.models.weights import EVERY, LLAMA, WHOLE, Stacking, Target, llama_locate, split_layer
-from phalanx.moe.spec import ExpertSpec, MoeSpec, RouterSpec, SharedSpec
+from phalanx.moe.spec import ExpertSpec, MoeSpec, RouterSpec, SharedSpec, TaskSpec
 
 Names = Mapping[str, tuple[str, tuple[str, ...]]]
 
@@ -125,6 +125,63 @@ def sigmoid_router(hf: Mapping[str, Any], num_groups: int, top_groups: int) -> R
 def read_experts(hf: Mapping[str, Any], field: str = "moe_intermediate_size") -> ExpertSpec:
     """A routed expert; `field` holds its inner width."""
     return ExpertSpec(intermediate_size=integer(hf, field), activation=read_activation(hf))
+
+
+def read_tasks(hf: Mapping[str, Any], num_experts: Sequence[int]) -> list[TaskSpec | None]:
+    """`task_experts` and `task_weights`, of each layer with experts; None where the config has no tasks.
+
+    Args:
+        hf: the whole config.
+        num_experts: of each layer with experts.
+
+    Raises:
+        CheckpointError: a table of another shape, an expert that is none of the layer's or comes twice, a weight
+            outside -1e9 ... 1e9, tables where no layer has experts.
+    """
+    tables: Any = hf.get("task_experts")
+    weights: Any = hf.get("task_weights")
+    top_k = integer(hf, "num_experts_per_tok")
+    if tables is None and weights is None:
+        return [None] * len(num_experts)
+    if not num_experts:
+        raise CheckpointError("config.json: task_experts and task_weights need layers with experts; there are none")
+    _check_table("task_experts", tables, len(num_experts), top_k, (int,))
+    for task, table in enumerate(tables):
+        for layer, (ids, count) in enumerate(zip(table, num_experts, strict=True)):
+            if len(set(ids)) < top_k or not all(0 <= expert < count for expert in ids):
+                raise CheckpointError(
+                    f"config.json: task_experts[{task}][{layer}] ({ids}) must be {top_k} different experts from 0 to "
+                    f"{count - 1}"
+                )
+    if weights is not None:
+        _check_table("task_weights", weights, len(num_experts), top_k, (int, float))
+        if len(weights) != len(tables):
+            raise CheckpointError(
+                f"config.json: task_weights are of {len(weights)} tasks, task_experts of {len(tables)}"
+            )
+    return [
+        TaskSpec(
+            experts=tuple(tuple(table[layer]) for table in tables),
+            weights=None if weights is None else tuple(tuple(map(float, table[layer])) for table in weights),
+        )
+        for layer in range(len(num_experts))
+    ]
+
+
+def _check_table(field: str, value: object, num_layers: int, top_k: int, kinds: tuple[type, ...]) -> None:
+    tables = value if isinstance(value, list) else []
+    rows = [row for table in tables if isinstance(table, list) and len(table) == num_layers for row in table]
+    is_sound = all(
+        isinstance(row, list)
+        and len(row) == top_k
+        and all(type(entry) in kinds and -1e9 <= entry <= 1e9 for entry in row)  # integers may be of any size
+        for row in rows
+    )
+    if not tables or len(rows) != len(tables) * num_layers or not is_sound:
+        raise CheckpointError(
+            f"config.json: {field} must be a list of tasks, each of {num_layers} lists (one for each layer with "
+            f"experts) of {top_k} numbers"
+        )
 
 
 def sparse_step_mlps(hf: Mapping[str, Any], moe: MoeSpec) -> list[MlpSpec | MoeSpec]:

@@ -21,7 +21,8 @@ from phalanx.moe.group import EpStep, ExpertGroup
 from phalanx.moe.layer import MoeLayer
 from phalanx.moe.placement.linear import linear
 from phalanx.moe.residual import mix
-from phalanx.moe.spec import ExpertSpec, MoeSpec, SharedSpec
+from phalanx.moe.routers.task import TaskRouter
+from phalanx.moe.spec import ExpertSpec, MoeSpec, SharedSpec, TaskSpec
 from phalanx.parallel.linear import ColumnParallelLinear
 from phalanx.parallel.mesh import Mesh
 from phalanx.parallel.parameter import WHOLE, Parameter, replicated
@@ -35,15 +36,17 @@ def alone(
     """The expert group of a stage of one rank, which holds every expert of its layers; `choose` as for its kernels.
 
     Raises:
-        ConfigError: the stage has several ranks, or its layers have different numbers of experts.
+        ConfigError: the stage has several ranks.
     """
     num_ranks = mesh.shape.dp * mesh.shape.tp
     if num_ranks > 1:
         raise ConfigError(f"experts are spread over the {num_ranks} ranks of a stage; give their expert group")
     num_experts = [spec.router.num_experts for spec in specs]
-    placement = linear(num_experts, 1, num_experts[0])
+    placement = linear(num_experts, 1, max(num_experts))
     topology = EpTopology.uniform(1, 1)
-    return ExpertGroup(topology, 0, placement.layers, num_experts[0], exact=True, device=device, choose=choose)
+    return ExpertGroup(
+        topology, 0, placement.layers, placement.slots_per_rank, exact=True, device=device, choose=choose
+    )
 
 
 class MoeBlock:
@@ -60,9 +63,11 @@ class MoeBlock:
         router, hidden_size = spec.router, context.hidden_size
         self._spec, self._index, self._context, self._group = spec, layer, context, context.experts
         self._gate_dtype = torch.float32 if router.gate_dtype == "float32" else context.linear["dtype"]
-        self._gate = self._replicated_linear(router.num_experts, router.gate_bias, self._gate_dtype)
+        self._gate: ColumnParallelLinear | None = None
+        if spec.tasks is None:
+            self._gate = self._replicated_linear(router.num_experts, router.gate_bias, self._gate_dtype)
         self._correction_bias: Parameter | None = None
-        if router.use_bias:
+        if router.use_bias and spec.tasks is None:
             self._correction_bias = replicated((router.num_experts,), dtype=torch.float32, device=context.device)
         # Plain weights by logical expert; `finalize` packs them into slots.
         self._plain = {expert: self._expert_parameters(hidden_size) for expert in self._group.experts_of(layer)}
@@ -120,9 +125,8 @@ class MoeBlock:
                 part.finalize()
         self._experts = self._pack_experts()
         bias = self._correction_bias.tensor if self._correction_bias else None
-        self._layer = MoeLayer(
-            self._spec, self._index, self._router_logits, bias, self._experts, self._group, self._context.mesh.tp
-        )
+        gate = self._router_logits if self._spec.tasks is None else self._task_router(self._spec.tasks)
+        self._layer = MoeLayer(self._spec, self._index, gate, bias, self._experts, self._group, self._context.mesh.tp)
 
     def __call__(self, x: Tensor, batch: ForwardBatch) -> Tensor:
         """Map (T, hidden) to (T, hidden); every rank of the expert group must call it, with T = 0 too."""
@@ -141,7 +145,14 @@ class MoeBlock:
         return routed + shared[0]
 
     def _router_logits(self, x: Tensor) -> Tensor:
+        assert self._gate is not None, "tokens choose their experts"
         return self._gate(x.to(self._gate_dtype))
+
+    def _task_router(self, tasks: TaskSpec) -> TaskRouter:
+        ids_NK = torch.tensor(tasks.experts, device=self._context.device)
+        weights_NK = None if tasks.weights is None else torch.tensor(tasks.weights, device=self._context.device)
+        num_experts = self._spec.router.num_experts
+        return TaskRouter(ids_NK[:, None], num_experts, None if weights_NK is None else weights_NK[:, None])
 
     def _shared_output(self, x: Tensor) -> Tensor:
         assert self._shared is not None
@@ -154,7 +165,7 @@ class MoeBlock:
     def _pack_experts(self) -> Experts:
         spec, context = self._spec.experts, self._context
         shape = ExpertShape(
-            num_slots=self._group.slots_per_rank,
+            num_slots=self._group.slots_of(self._index),
             hidden_size=context.hidden_size,
             intermediate_size=spec.intermediate_size,
             activation=spec.activation,

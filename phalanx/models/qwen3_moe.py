@@ -39,9 +39,17 @@ def decoder_config(hf: Mapping[str, Any]) -> DecoderConfig:
     Raises:
         CheckpointError: a field is missing or not supported.
     """
+    attention = attention_spec(hf)
+    norms = NormSpec(eps=number(hf, "rms_norm_eps", 1e-6))
+    moe = MoeSpec(router=softmax_router(hf), experts=read_experts(hf))
+    return assemble(hf, [LayerSpec(attention=attention, mlp=mlp, norms=norms) for mlp in sparse_step_mlps(hf, moe)])
+
+
+def attention_spec(hf: Mapping[str, Any]) -> AttentionSpec:
+    """Of every layer: Qwen3's, with one window or none."""
     head_dim = read_head_dim(hf)
     bias = flag(hf, "attention_bias")
-    attention = AttentionSpec(
+    return AttentionSpec(
         num_heads=integer(hf, "num_attention_heads"),
         num_kv_heads=integer(hf, "num_key_value_heads"),
         head_dim=head_dim,
@@ -52,9 +60,6 @@ def decoder_config(hf: Mapping[str, Any]) -> DecoderConfig:
         o_bias=bias,
         qk_norm="head",
     )
-    norms = NormSpec(eps=number(hf, "rms_norm_eps", 1e-6))
-    moe = MoeSpec(router=softmax_router(hf), experts=read_experts(hf))
-    return assemble(hf, [LayerSpec(attention=attention, mlp=mlp, norms=norms) for mlp in sparse_step_mlps(hf, moe)])
 
 
 def locate(key: str) -> Target | None:

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 from phalanx.errors import ConfigError
 from phalanx.models.spec import AttentionSpec, DecoderConfig, LayerSpec, MlaSpec, MlpSpec
+from phalanx.moe.placement.types import slots_of
 from phalanx.moe.spec import ExpertSpec, MoeSpec
 from phalanx.parallel.mesh import MeshShape
 from phalanx.parallel.partition import padded, shard, shard_or_replicate
@@ -38,15 +39,16 @@ def parameter_count(
         layer_range: the stage's layers [start, stop).
         is_first: the stage holds the embedding.
         is_last: the stage holds the last norm and the head (once, if it holds the tied embedding already).
-        slots_per_rank: experts that every rank holds of each layer; None = as few as the dp x tp ranks can.
+        slots_per_rank: experts that every rank holds of each layer with as many; None = as few as the dp x tp ranks
+            can, so that they hold the largest layer of the stage.
 
     Raises:
         ConfigError: the tensor axis does not divide the model.
     """
     vocabulary = padded(config.vocab_size, shape.tp) // shape.tp * config.hidden_size
-    count = sum(
-        _layer(layer, config.hidden_size, shape, slots_per_rank) for layer in config.layers[slice(*layer_range)]
-    )
+    most = max((spec.router.num_experts for spec in config.moe_specs(layer_range)), default=0)
+    slots = slots_per_rank or -(-most // (shape.dp * shape.tp))
+    count = sum(_layer(layer, config.hidden_size, shape, slots) for layer in config.layers[slice(*layer_range)])
     if is_first:
         count += vocabulary
     if is_last:
@@ -115,7 +117,7 @@ def _kv_heads(attention: AttentionSpec, tp: int) -> int:
     return shard_or_replicate("num_kv_heads", attention.num_kv_heads, 0, tp).size
 
 
-def _layer(layer: LayerSpec, hidden_size: int, shape: MeshShape, slots_per_rank: int | None) -> int:
+def _layer(layer: LayerSpec, hidden_size: int, shape: MeshShape, slots_per_rank: int) -> int:
     attention, mlp, norms = layer.attention, layer.mlp, layer.norms
     count = hidden_size * sum([norms.attn_in, norms.attn_out, norms.mlp_in, norms.mlp_out])
     if isinstance(attention, MlaSpec):
@@ -151,10 +153,10 @@ def _mlp(spec: MlpSpec, hidden_size: int, tp: int) -> int:
     return 3 * hidden_size * inner + (2 * inner + hidden_size) * spec.bias
 
 
-def _moe(spec: MoeSpec, hidden_size: int, shape: MeshShape, slots_per_rank: int | None) -> int:
+def _moe(spec: MoeSpec, hidden_size: int, shape: MeshShape, slots_per_rank: int) -> int:
     router, experts, shared = spec.router, spec.experts, spec.shared
-    slots = slots_per_rank or -(-router.num_experts // (shape.dp * shape.tp))
-    count = router.num_experts * (hidden_size + router.gate_bias + router.use_bias)
+    slots = slots_of(router.num_experts, slots_per_rank)
+    count = 0 if spec.tasks else router.num_experts * (hidden_size + router.gate_bias + router.use_bias)
     count += slots * expert_parameter_count(experts, hidden_size)
     if shared is not None:
         count += _mlp(MlpSpec(intermediate_size=shared.intermediate_size), hidden_size, shape.tp)

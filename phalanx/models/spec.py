@@ -160,6 +160,12 @@ class DecoderConfig:
         """The mixture-of-experts blocks of a stage's layers [start, stop), in order."""
         return tuple(layer.mlp for layer in self.layers[slice(*layer_range)] if isinstance(layer.mlp, MoeSpec))
 
+    @property
+    def num_tasks(self) -> int:
+        """Tasks a request may name; 0 = the model chooses experts token by token."""
+        tasks = [spec.tasks for spec in self.moe_specs((0, len(self.layers))) if spec.tasks is not None]
+        return len(tasks[0].experts) if tasks else 0
+
     def limited(self, capacity: CapacitySpec | None) -> "DecoderConfig":
         """The same decoder whose experts take no more tokens than `capacity` allows; None = dropless, as it is."""
         layers = [

@@ -14,7 +14,7 @@ from phalanx import plugins
 from phalanx.kernels.registry import bind
 from phalanx.moe.dispatch.dispatcher import DispatchConfig, Dispatcher
 from phalanx.moe.load import LoadCounter
-from phalanx.moe.placement.types import LayerPlacement
+from phalanx.moe.placement.types import LayerPlacement, slots_of
 from phalanx.moe.replicas import ReplicaTables
 from phalanx.parallel.topology import EpTopology
 from phalanx.parallel.transport import Exchange, Result, Transport, run
@@ -33,12 +33,14 @@ class EpStep:
         key_T: [T] int64, a number of (request, position): chooses among replicas, so that a token always takes the
             same one, whatever is in the batch. None = rows have no request (warm-up).
         scope_T: [T] int64, equal for tokens of one request; None unless a capacity limit counts by it.
+        task_T: [T] int64, task of each token's request; None unless the model has tasks (then: task 0, warm-up).
     """
 
     kind: str
     padded_T: int
     key_T: Tensor | None = None
     scope_T: Tensor | None = None
+    task_T: Tensor | None = None
 
 
 class ExpertGroup:
@@ -48,7 +50,7 @@ class ExpertGroup:
         topology: of the group.
         rank: of this member.
         placements: of the stage's MoE layers, in order.
-        slots_per_rank: physical slots of every rank.
+        slots_per_rank: physical slots of every rank in a layer with as many experts; `slots_of` for the others.
         exact: bits of the result do not depend on the placement or the dispatcher.
         device: of the tables.
         choose: op name -> implementation name.
@@ -80,29 +82,34 @@ class ExpertGroup:
         self.topology, self.rank = topology, rank
         self.placements = list(placements)
         self.tables = [
-            ReplicaTables.of(placement, topology, self.slots_per_rank, self.device) for placement in placements
+            ReplicaTables.of(placement, topology, self.slots_of(layer), self.device)
+            for layer, placement in enumerate(placements)
         ]
-        self._dispatchers: dict[tuple[str, int, int, torch.dtype], Dispatcher] = {}
+        self._dispatchers: dict[tuple[str, int, int, int, torch.dtype], Dispatcher] = {}
 
     def flip(self, layer: int, placement: LayerPlacement) -> None:
         """Switch one MoE layer of the stage to another placement of the same group."""
         self.placements[layer] = placement
         self.tables[layer].overwrite(placement)
 
+    def slots_of(self, layer: int) -> int:
+        """Physical slots of every rank in a layer."""
+        return slots_of(self.placements[layer].num_experts, self.slots_per_rank)
+
     def experts_of(self, layer: int) -> tuple[int, ...]:
         """Logical experts of this rank's slots, in slot order."""
-        first = self.rank * self.slots_per_rank
-        return self.placements[layer].physical_to_logical[first : first + self.slots_per_rank]
+        return self.placements[layer].experts_of(self.rank, self.slots_of(layer))
 
-    def dispatcher(self, kind: str, top_k: int, hidden_size: int, dtype: torch.dtype) -> Dispatcher:
-        """The dispatcher of a kind for rows of a shape, made once per generation."""
-        key = (kind, top_k, hidden_size, dtype)
+    def dispatcher(self, kind: str, layer: int, top_k: int, hidden_size: int, dtype: torch.dtype) -> Dispatcher:
+        """The dispatcher of a kind for rows of a shape, made once per generation for all layers of equal slots."""
+        slots_per_rank = self.slots_of(layer)
+        key = (kind, slots_per_rank, top_k, hidden_size, dtype)
         if key not in self._dispatchers:
             alone = kind == ALONE
             config = DispatchConfig(
                 topology=EpTopology.uniform(1, 1) if alone else self.topology,
                 rank=0 if alone else self.rank,
-                slots_per_rank=self.slots_per_rank,
+                slots_per_rank=slots_per_rank,
                 top_k=top_k,
                 hidden_size=hidden_size,
                 dtype=dtype,

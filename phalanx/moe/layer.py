@@ -9,6 +9,7 @@ from phalanx.kernels.experts import Experts
 from phalanx.moe.capacity import assign
 from phalanx.moe.group import ALONE, EpStep, ExpertGroup
 from phalanx.moe.replicas import select
+from phalanx.moe.routers.task import TaskRouter
 from phalanx.moe.routers.topk import Routing, route
 from phalanx.moe.spec import MoeSpec
 from phalanx.parallel.group import Group
@@ -25,7 +26,7 @@ class MoeLayer:
     Args:
         spec: of the block; its shared expert is the caller's.
         layer: index among the MoE layers of the stage.
-        gate: (t, D) -> (t, E) router logits.
+        gate: (t, D) -> (t, E) router logits; or the table of experts by task, of this layer alone.
         correction_bias: [E] fp32, or None.
         experts: this rank's slots, filled by the caller.
         group: the expert group.
@@ -36,7 +37,7 @@ class MoeLayer:
         self,
         spec: MoeSpec,
         layer: int,
-        gate: Callable[[Tensor], Tensor],
+        gate: Callable[[Tensor], Tensor] | TaskRouter,
         correction_bias: Tensor | None,
         experts: Experts,
         group: ExpertGroup,
@@ -58,10 +59,10 @@ class MoeLayer:
         group = self._group
         key_t = None if step.key_T is None else step.key_T[rows]
         if step.kind == ALONE:
-            slots_tK = routing.topk_ids_TK % group.slots_per_rank  # nothing is dropped without scopes
+            slots_tK = routing.topk_ids_TK % group.slots_of(self._layer)  # nothing is dropped without scopes
         else:
             slots_tK = select(routing.topk_ids_TK, group.tables[self._layer], group.rank, key_t)
-        dispatcher = group.dispatcher(step.kind, self._spec.router.top_k, x_TD.shape[1], x_TD.dtype)
+        dispatcher = group.dispatcher(step.kind, self._layer, self._spec.router.top_k, x_TD.shape[1], x_TD.dtype)
         got = group.run(dispatcher.dispatch(x_tD, slots_tK, routing.topk_weights_TK, step.padded_T), shared)
         if group.exact:
             y = self._experts.forward_pairs(got.x_RD, got.slots_RK)
@@ -71,20 +72,27 @@ class MoeLayer:
         return self._gather(out_tD, x_TD.shape[0], share)
 
     def _route(self, x_tD: Tensor, step: EpStep, rows: slice) -> Routing:
-        logits_tE = self._gate(x_tD)
-        spec = self._spec
-        routing = route(
-            logits_tE, spec.router, correction_bias_E=self._bias, model_dtype=x_tD.dtype, op=self._group.route_op
-        )
+        spec, logits_tE = self._spec, None
+        if isinstance(self._gate, TaskRouter):
+            task_t = x_tD.new_zeros(len(x_tD), dtype=torch.int64) if step.task_T is None else step.task_T[rows]
+            routing = self._gate.route(task_t, 0)
+        else:
+            logits_tE = self._gate(x_tD)
+            routing = route(
+                logits_tE, spec.router, correction_bias_E=self._bias, model_dtype=x_tD.dtype, op=self._group.route_op
+            )
         if step.kind != ALONE:  # a warm-up's tokens are nobody's
             self._group.load.record(self._layer, routing.topk_ids_TK)
         if spec.capacity is not None and step.scope_T is not None:
+            surest_t = None
+            if spec.capacity.priority == "bpr" and logits_tE is not None:
+                surest_t = logits_tE.float().softmax(-1).amax(-1)
             routing, dropped = assign(
                 routing,
                 spec.capacity,
                 step.scope_T[rows],
                 spec.router.num_experts,
-                importance_T=logits_tE.float().softmax(-1).amax(-1) if spec.capacity.priority == "bpr" else None,
+                importance_T=surest_t,
                 scores_TE=logits_tE,
             )
             self.num_dropped += dropped

@@ -139,11 +139,26 @@ class CapacitySpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TaskSpec:
+    """Task-level routing of a layer: a request names its task, and all its tokens visit that task's experts.
+
+    Attributes:
+        experts: of each task, `top_k` different logical experts.
+        weights: of the experts, in the same shape; None = equal, 1 / top_k.
+    """
+
+    experts: tuple[tuple[int, ...], ...]
+    weights: tuple[tuple[float, ...], ...] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MoeSpec:
     """The feed-forward block of a layer: routed experts, and optionally a shared one.
 
     Attributes:
+        router: from a token to experts; of its fields only the numbers count where there are `tasks`.
         residual: a pyramid-residual layer: `c0 * routed + c1 * shared`, `c = softmax(coef(x))`; needs `shared`.
+        tasks: there is no gate: experts by the request's task.
     """
 
     router: RouterSpec
@@ -151,3 +166,4 @@ class MoeSpec:
     shared: SharedSpec | None = None
     residual: bool = False
     capacity: CapacitySpec | None = None
+    tasks: TaskSpec | None = None

@@ -26,7 +26,8 @@ class Engine:
         self.config, self.executor = config, executor
         self.scheduler = Scheduler(config.scheduler, config.kv, prefix_cache=config.prefix_cache)
         self.mesh = ReplicaMesh(config, executor, store, interface, self._rearrange)
-        self._root = config.kv_root
+        tasks = range(config.model.num_tasks) or (None,)
+        self._roots = {task: config.kv_root(task) for task in tasks}
         self._eos = frozenset(config.model.eos_token_ids)
         self._jobs: dict[str, list[Sequence]] = {}
         self._arrivals = 0
@@ -64,7 +65,7 @@ class Engine:
                 seed=frame.seed,
                 eos_token_ids=self._eos,
                 max_tokens=max_tokens,
-                root=self._root,
+                root=self._roots[params.task],
                 order=(frame.priority, arrival, choice),
             )
             sequences.append(seq)
@@ -164,6 +165,8 @@ class Engine:
         num_prompt, max_tokens = len(frame.prompt_token_ids) // 4, frame.params.max_tokens or 1
         if not num_prompt:
             return "the prompt is empty; give at least one token"
+        if frame.params.task not in self._roots:
+            return f"task {frame.params.task} is none of this model's {self.config.model.num_tasks}"
         if num_prompt + max_tokens > self.limit:
             room = self.limit - num_prompt
             fix = f"use max_tokens <= {room}" if room > 0 else "shorten the prompt"

@@ -69,9 +69,12 @@ class EngineConfig:
             max_in_flight=self.max_in_flight,
         )
 
-    @property
-    def kv_root(self) -> bytes:
-        """Namespace of all block hashes: whatever changes the contents of a block for equal ids."""
+    def kv_root(self, task: int | None = None) -> bytes:
+        """Namespace of all block hashes: whatever changes the contents of a block for equal ids.
+
+        Args:
+            task: of the request, in a model with tasks: other experts, other keys and values. None = it has none.
+        """
         return root_hash(
             {
                 "model": self.model_path,
@@ -79,6 +82,7 @@ class EngineConfig:
                 "dtype": self.dtype,
                 "block_size": self.kv.block_size,
                 "max_model_len": self.kv.max_model_len,
+                **({} if task is None else {"task": task}),
             }
         )
 

@@ -6,6 +6,7 @@ from typing import Literal
 
 from phalanx.errors import ConfigError
 from phalanx.models.spec import DecoderConfig
+from phalanx.moe.placement.types import slots_of
 from phalanx.moe.spec import CapacitySpec, MoeSpec
 from phalanx.parallel.costmodel import ExpertTraffic
 from phalanx.parallel.mesh import MeshShape
@@ -26,7 +27,7 @@ class ExpertConfig:
         num_experts: of each MoE layer of the model, in order.
         stage_of: pipeline stage of each MoE layer.
         row_bytes: rough size of one expert's weights, for plans.
-        slots_per_rank: physical slots s of a rank, whatever the size of the group.
+        slots_per_rank: physical slots s of a rank, whatever the size of the group; see `slots_of`.
         node_size: ranks that count as one node; 0 = Ray's nodes.
         staging_rows: experts that may be on their way to a rank at once.
         rebalance_interval: steps between looks at the load; 0 = never.
@@ -53,6 +54,10 @@ class ExpertConfig:
         """Copies every expert should have: with a second one, the group can go on without any one rank."""
         return 2 if self.on_rank_loss == "shrink" else 1
 
+    def slots_of(self, layer: int) -> int:
+        """Physical slots of a rank in a MoE layer, counted over the MoE layers of the model."""
+        return slots_of(self.num_experts[layer], self.slots_per_rank)
+
     def layers_of(self, stage: int) -> tuple[int, ...]:
         """MoE layers of a stage, counted over the MoE layers of the model."""
         return tuple(layer for layer, where in enumerate(self.stage_of) if where == stage)
@@ -68,24 +73,25 @@ def moe_specs(model: DecoderConfig) -> list[MoeSpec]:
 
 
 def expert_traffic(model: DecoderConfig, itemsize: int, *, exact: bool) -> ExpertTraffic:
-    """What the first MoE layer's tokens make travel; the others are alike."""
-    router = moe_specs(model)[0].router
+    """What the tokens of the MoE layer with the most experts make travel; the others are alike."""
+    router = max((spec.router for spec in moe_specs(model)), key=lambda router: router.num_experts)
     return ExpertTraffic.of(model.hidden_size, itemsize, router.num_experts, router.top_k, exact=exact)
 
 
 def slots_per_rank(model: DecoderConfig, group_size: int, redundant_experts: int) -> int:
     """Physical slots of a rank so that a group of `group_size` ranks holds all experts and the redundant ones.
 
+    A layer with fewer experts than that has one slot for each on every rank.
+
     Raises:
         ConfigError: a rank would have to hold an expert twice.
     """
-    counts = [spec.router.num_experts for spec in moe_specs(model)]
-    slots = max(1, -(-(max(counts) + redundant_experts) // group_size))
-    if slots > min(counts):
-        room = group_size * min(counts) - max(counts)
+    most = max(spec.router.num_experts for spec in moe_specs(model))
+    slots = max(1, -(-(most + redundant_experts) // group_size))
+    if slots > most:
         raise ConfigError(
             f"moe.redundant_experts ({redundant_experts}): {slots} slots per rank on {group_size} ranks, but a layer "
-            f"has only {min(counts)} experts and no rank holds one twice; use {room} or less"
+            f"has only {most} experts and no rank holds one twice; use {(group_size - 1) * most} or less"
         )
     return slots
 
@@ -132,6 +138,11 @@ def resolve_experts(
     if options.on_rank_loss == "shrink" and (shape.tp > 1 or shape.pp > 1):
         raise ConfigError(
             f"moe.on_rank_loss shrink needs tensor 1 and pipeline 1, not {shape.tp} and {shape.pp}; use restart"
+        )
+    if model.num_tasks and options.capacity is not None and options.capacity.overflow == "next":
+        raise ConfigError(
+            f"moe.capacity.overflow next needs the scores of a router, but {model.model_type} chooses experts by task; "
+            "use drop"
         )
     layers = [index for index, layer in enumerate(model.layers) if isinstance(layer.mlp, MoeSpec)]
     return ExpertConfig(

@@ -27,6 +27,6 @@ def rank_loads(
     """
     totals: list[int] = []
     for stage in range(max(config.stage_of) + 1):
-        layers = [placements[i].rank_load(loads[i], config.slots_per_rank) for i in config.layers_of(stage)]
+        layers = [placements[i].rank_load(loads[i], config.slots_of(i)) for i in config.layers_of(stage)]
         totals += [round(load) for load in np.sum(layers, axis=0)] if layers else []
     return totals

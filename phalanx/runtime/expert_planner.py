@@ -120,7 +120,7 @@ class ExpertPlanner:
                     start,
                     target,
                     self.topologies[self.config.stage_of[index]],
-                    slots_per_rank=self.config.slots_per_rank,
+                    slots_per_rank=self.config.slots_of(index),
                     staging_rows=self.config.staging_rows,
                     min_replicas=self.config.min_replicas,
                 )
@@ -154,8 +154,8 @@ class ExpertPlanner:
         Raises:
             AssertionError: one does not hold; a bug of ours.
         """
-        for layer, num_experts in zip(self._layers, self.config.num_experts, strict=True):
-            layer.placement.validate(self.config.slots_per_rank, num_experts)
+        for index, (layer, num_experts) in enumerate(zip(self._layers, self.config.num_experts, strict=True)):
+            layer.placement.validate(self.config.slots_of(index), num_experts)
         staged = {place: list(rows) for place, rows in self._free_staging.items()}
         for layer in (layer for layer in self._layers if layer.active is not None):
             assert layer.active is not None
@@ -174,7 +174,7 @@ class ExpertPlanner:
 
     def _start(self, index: int, layer: _Layer) -> list[Move]:
         """The next batch's moves, if all its targets have staging rows free."""
-        batch, stage, per_rank = layer.pending[0], self.config.stage_of[index], self.config.slots_per_rank
+        batch, stage, per_rank = layer.pending[0], self.config.stage_of[index], self.config.slots_of(index)
         places = [(stage, move.dst_slot // per_rank) for move in batch.moves]
         if any(places.count(place) > len(self._free_staging[place]) for place in places):
             return []
@@ -194,7 +194,7 @@ class ExpertPlanner:
         received: Counter[tuple[int, int]] = Counter()
         taken, left = [], []
         for move in self._waiting:
-            source = self.config.stage_of[move.layer], move.source // self.config.slots_per_rank
+            source = self.config.stage_of[move.layer], move.source // self.config.slots_of(move.layer)
             target = self._place(move)
             if sent[source] < rows and received[target] < rows:
                 sent[source] += 1
@@ -218,4 +218,4 @@ class ExpertPlanner:
 
     def _place(self, move: Move) -> tuple[int, int]:
         """(stage, rank) whose staging row a move fills."""
-        return self.config.stage_of[move.layer], move.target // self.config.slots_per_rank
+        return self.config.stage_of[move.layer], move.target // self.config.slots_of(move.layer)

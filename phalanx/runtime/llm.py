@@ -244,6 +244,7 @@ class LLM:
             max_model_len=self.config.kv.max_model_len,
             max_request_tokens=self.engine.limit,
             has_tokenizer=self.tokenizer is not None,
+            num_tasks=self.config.model.num_tasks,
         )
         return ids, validate_request(ids, params, limits)
 

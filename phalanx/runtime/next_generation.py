@@ -18,16 +18,16 @@ class NextGeneration:
     """
 
     def __init__(self, old: Sequence[int], new: Sequence[int], planner: ExpertPlanner, tp: int) -> None:
-        self._planner, self._per_rank, least = planner, planner.config.slots_per_rank, planner.config.min_replicas
+        self._planner, self._slots_of, least = planner, planner.config.slots_of, planner.config.min_replicas
         self._kept = [index * tp + i for index, unit in enumerate(old) if unit in new for i in range(tp)]
         num_new = tp * len(set(new) - set(old))
         self._min_replicas = 1 if num_new else least  # ranks that join bring second copies
         self._joining: list[tuple[int, ...]] = []
-        for placement, load_E in zip(planner.placements, planner.load.load(), strict=True):
-            grown = placement
+        for layer, (placement, load_E) in enumerate(zip(planner.placements, planner.load.load(), strict=True)):
+            grown, size = placement, self._slots_of(layer)
             if num_new:  # the nodes of ranks that are still to come are not known
-                topology = EpTopology.uniform(1, placement.num_slots // self._per_rank + num_new)
-                grown = add_ranks(placement, num_new, self._per_rank, load_E, topology, least)
+                topology = EpTopology.uniform(1, placement.num_slots // size + num_new)
+                grown = add_ranks(placement, num_new, size, load_E, topology, least)
             self._joining.append(grown.physical_to_logical[placement.num_slots :])
 
     def evacuation(self) -> dict[int, LayerPlacement]:
@@ -41,7 +41,7 @@ class NextGeneration:
                 placement,
                 self._planner.topologies[stage_of[layer]],
                 self._kept,
-                slots_per_rank=self._per_rank,
+                slots_per_rank=self._slots_of(layer),
                 min_replicas=self._min_replicas,
             )
             for layer, placement in enumerate(placements)
@@ -60,9 +60,9 @@ class NextGeneration:
             [
                 expert
                 for expert, slots in enumerate(placement.logical_to_physical)
-                if kept.isdisjoint(slot // self._per_rank for slot in slots)
+                if kept.isdisjoint(slot // self._slots_of(layer) for slot in slots)
             ]
-            for placement in self._planner.placements
+            for layer, placement in enumerate(self._planner.placements)
         ]
 
     def loss(self) -> str:
@@ -91,7 +91,7 @@ class NextGeneration:
     def placements(self) -> list[LayerPlacement]:
         """Of the next generation, were it entered now."""
         placements = []
-        for placement, joining in zip(self._planner.placements, self._joining, strict=True):
-            table = drop_ranks(placement, self._kept, slots_per_rank=self._per_rank).physical_to_logical
+        for layer, (placement, joining) in enumerate(zip(self._planner.placements, self._joining, strict=True)):
+            table = drop_ranks(placement, self._kept, slots_per_rank=self._slots_of(layer)).physical_to_logical
             placements.append(LayerPlacement(placement.version + 1, (*table, *joining)))
         return placements

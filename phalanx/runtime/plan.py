@@ -18,7 +18,7 @@ class PlanError(PhalanxError):
 
 
 class SlotSampling(msgspec.Struct, frozen=True, array_like=True):
-    """Sampling of a slot; fields as in `SamplingParams`, `logprobs` and `prompt_logprobs` -1 = off."""
+    """Sampling of a slot; fields as in `SamplingParams`, `logprobs`, `prompt_logprobs` and `task` -1 = off."""
 
     temperature: float
     top_k: int
@@ -34,6 +34,7 @@ class SlotSampling(msgspec.Struct, frozen=True, array_like=True):
     stop_token_ids: list[int]
     logprobs: int
     prompt_logprobs: int
+    task: int = -1
 
 
 class SlotInit(msgspec.Struct, frozen=True, array_like=True):

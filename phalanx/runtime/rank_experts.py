@@ -188,8 +188,8 @@ class RankExperts:
         return 0 <= layer - self._first_layer < len(self._rows)
 
     def _flip(self, flip: Flip) -> None:
-        layer, per_rank = flip.layer - self._first_layer, self.group.slots_per_rank
-        rows = self._rows[layer]
+        layer = flip.layer - self._first_layer
+        rows, per_rank = self._rows[layer], self.group.slots_of(layer)
         for staging, slot in zip(flip.copies[::2], flip.copies[1::2], strict=True):
             if slot // per_rank == self.group.rank:
                 rows[slot % per_rank].copy_(self._transfers.staged(staging, rows.shape[1]))
@@ -202,9 +202,10 @@ class RankExperts:
         Raises:
             PlanError: a staging row out of range.
         """
-        per_rank, me = self.group.slots_per_rank, self.group.rank
-        tasks = []
+        me, tasks = self.group.rank, []
         for move in moves:
+            layer = move.layer - self._first_layer
+            per_rank = self.group.slots_of(layer)
             source, target = move.source // per_rank, move.target // per_rank
             if me not in (source, target):
                 continue
@@ -212,7 +213,6 @@ class RankExperts:
                 raise PlanError(
                     f"move {move.id}: staging row {move.staging} is not one of {self._transfers.num_staging_rows}"
                 )
-            layer = move.layer - self._first_layer
             expert = self.group.placements[layer].physical_to_logical[move.source]
             row = self._rows[layer][(move.source if me == source else move.target) % per_rank]
             tasks.append(RowTask(move, expert, row, target if me == source else source, me == source))

@@ -15,7 +15,7 @@ class ExpertOrders(msgspec.Struct, frozen=True, kw_only=True):
         joins_later: the group is built when `Prepare` says so, because the others still serve without this rank.
         nodes: name of the node of each rank of the group, in rank order (dp_rank * tp + tp_rank).
         placements: physical_to_logical of each MoE layer of the stage.
-        slots_per_rank: physical slots of every rank.
+        slots_per_rank: physical slots of every rank in a layer with as many experts; else one per expert.
         exact: bits of the result depend neither on the placement nor on the dispatcher.
         staging_rows: experts that can arrive at once beside the ones in use.
         outlives_peers: wait for another generation when a peer is lost, instead of failing.

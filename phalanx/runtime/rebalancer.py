@@ -5,7 +5,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 from phalanx.moe.placement import incremental, spread
-from phalanx.moe.placement.types import LayerPlacement, Load
+from phalanx.moe.placement.types import LayerPlacement, Load, slots_of
 from phalanx.parallel.topology import EpTopology
 from phalanx.runtime.balance_policy import BalanceConfig, BalancePolicy, LayerView, Proposal
 from phalanx.runtime.expert_planner import REPORT_STEPS, ExpertPlanner
@@ -80,11 +80,14 @@ class Rebalancer:
             self._solve(layers)
 
     def _views(self) -> list[LayerView]:
-        size, least = self._planner.config.slots_per_rank, self._planner.config.min_replicas
-        pairs = zip(self._planner.placements, self._planner.load.load(), strict=True)
+        config, pairs = self._planner.config, zip(self._planner.placements, self._planner.load.load(), strict=True)
         return [
-            LayerView(layer.balancedness(load_E, size), float(load_E.mean()), layer.missing_copies(least))
-            for layer, load_E in pairs
+            LayerView(
+                layer.balancedness(load_E, config.slots_of(index)),
+                float(load_E.mean()),
+                layer.missing_copies(config.min_replicas),
+            )
+            for index, (layer, load_E) in enumerate(pairs)
         ]
 
     def _solve(self, layers: Sequence[int]) -> None:
@@ -99,10 +102,9 @@ class Rebalancer:
         pool.shutdown(wait=False)  # ends with the solve
 
     def _take(self, found: Mapping[int, LayerPlacement]) -> None:
-        loads, size = self._planner.load.load(), self._planner.config.slots_per_rank
-        least, proposals = self._planner.config.min_replicas, {}
+        loads, least, proposals = self._planner.load.load(), self._planner.config.min_replicas, {}
         for layer, new in found.items():
-            old = self._planner.placements[layer]
+            old, size = self._planner.placements[layer], self._planner.config.slots_of(layer)
             before, after = old.balancedness(loads[layer], size), new.balancedness(loads[layer], size)
             restored = old.missing_copies(least) - new.missing_copies(least)
             proposals[layer] = Proposal(before, after, num_moves(old, new, size), restored)
@@ -123,18 +125,19 @@ def solve(
 
     Args:
         problems: by layer.
-        slots_per_rank: s.
+        slots_per_rank: s of a layer with as many experts.
         max_moved: share of the slots that may change, except where only a fresh solve helps.
         min_replicas: copies that every expert keeps; where some are missing they come first, and only few moves.
     """
     found = {}
     for layer, (load_E, placement, topology) in problems.items():
+        size = slots_of(placement.num_experts, slots_per_rank)
         limit = max(2, int(max_moved * placement.num_slots))  # an exchange changes two
-        near = incremental.place_layer(load_E, topology, slots_per_rank, placement, limit, min_replicas)
-        reached = near.balancedness(load_E, slots_per_rank)
+        near = incremental.place_layer(load_E, topology, size, placement, limit, min_replicas)
+        reached = near.balancedness(load_E, size)
         if reached < POOR and not placement.missing_copies(min_replicas):
-            fresh = spread.place_layer(load_E, topology, slots_per_rank, placement, min_replicas)
-            if fresh.balancedness(load_E, slots_per_rank) >= reached + FRESH_GAIN:
+            fresh = spread.place_layer(load_E, topology, size, placement, min_replicas)
+            if fresh.balancedness(load_E, size) >= reached + FRESH_GAIN:
                 near = fresh
         found[layer] = near
     return found

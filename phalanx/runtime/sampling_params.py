@@ -37,6 +37,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         logprobs: log-probabilities of the sampled token and of the likeliest `logprobs` (0-20) ids; None = off.
         prompt_logprobs: the same for each prompt token but the first; None = off.
         skip_special_tokens: leave special tokens out of the text.
+        task: chooses the experts, in models with task-level routing; None = their task 0.
 
     Raises:
         InvalidRequestError: a field is outside its range; the message names field, value and limit.
@@ -60,6 +61,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
+    task: int | None = None
 
     def __post_init__(self) -> None:
         _real("temperature", self.temperature, 0.0, 100.0)
@@ -73,6 +75,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         _integer("min_tokens", self.min_tokens, 0, 2**31 - 1)
         if self.seed is not None:
             _integer("seed", self.seed, 0, 2**64 - 1)
+        if self.task is not None:
+            _integer("task", self.task, 0, 2**31 - 1)
         if self.max_tokens is not None:
             _integer("max_tokens", self.max_tokens, 1, 2**31 - 1)
             if self.min_tokens > self.max_tokens:

@@ -84,7 +84,6 @@ def _row_bytes(config: EngineConfig) -> list[int]:
 def _stage(config: EngineConfig, data: int, stage: int) -> StageBytes:
     assert config.experts is not None, "only expert groups change"
     shape = MeshShape(pp=config.shape.pp, dp=data, tp=config.shape.tp)
-    slots = config.experts.slots_per_rank
     needs = stage_bytes(
         config.model,
         shape,
@@ -93,8 +92,8 @@ def _stage(config: EngineConfig, data: int, stage: int) -> StageBytes:
         ITEMSIZE[config.dtype],
         config.kv.block_size,
         Batch(config.max_batch_tokens, config.max_sequences),
-        slots,
+        config.experts.slots_per_rank,
     )
     sizes = _row_bytes(config)
-    experts = slots * sum(sizes[layer] for layer in config.experts.layers_of(stage))
+    experts = sum(config.experts.slots_of(layer) * sizes[layer] for layer in config.experts.layers_of(stage))
     return StageBytes(needs.weights - experts, experts, needs.workspace, config.kv.num_blocks * needs.block)

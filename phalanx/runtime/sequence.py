@@ -129,4 +129,5 @@ def slot_sampling(params: SamplingParams, seed: int, choice: int, stop_ids: froz
         stop_token_ids=sorted(stop_ids) if params.min_tokens else [],
         logprobs=-1 if params.logprobs is None else params.logprobs,
         prompt_logprobs=-1 if params.prompt_logprobs is None else params.prompt_logprobs,
+        task=-1 if params.task is None else params.task,
     )

@@ -58,15 +58,17 @@ class SlotTable:
         num_slots: sequences that may run at once.
         spec: KV pool of the rank's domain.
         device: where `tokens` lives.
+        has_tasks: the model chooses experts by the task of a request.
     """
 
-    def __init__(self, num_slots: int, spec: KVSpec, device: torch.device) -> None:
-        self.spec, self.device = spec, device
+    def __init__(self, num_slots: int, spec: KVSpec, device: torch.device, *, has_tasks: bool = False) -> None:
+        self.spec, self.device, self.has_tasks = spec, device, has_tasks
         self.num_computed = np.zeros(num_slots, np.int32)
         self.num_prompt = np.zeros(num_slots, np.int32)
         self.block_tables = np.zeros((num_slots, spec.max_blocks(spec.max_model_len) + 1), np.int32)
         self.is_admitted = np.zeros(num_slots, np.bool_)
         self.keys = np.zeros(num_slots, np.int64)
+        self.tasks = np.zeros(num_slots, np.int64)
         self.sampling: dict[int, SlotSampling] = {}
         self._wants_prompt: set[int] = set()
         # One spare column: a step that runs ahead of a finish may sample one id past the limit.
@@ -99,7 +101,7 @@ class SlotTable:
 
         Args:
             rows: flat triples (slot, num_tokens, sample), rows of one token first.
-            ep: what the MoE layers are told; keys and scopes are filled in here. None for a dense model.
+            ep: what the MoE layers are told; keys, scopes and tasks are filled in here. None for a dense model.
 
         Raises:
             PlanError: a row of a slot that is not in use or has another one, or tokens without a block.
@@ -136,6 +138,8 @@ class SlotTable:
             # The seed is drawn once per request and survives preemption and replicas, so the key does, too.
             keys = self.keys[token_slots] + positions
             ep = replace(ep, key_T=self.to_device(keys), scope_T=self.to_device(token_slots.astype(np.int64)))
+            if self.has_tasks:
+                ep = replace(ep, task_T=self.to_device(self.tasks[token_slots]))
         return ForwardBatch(token_ids, device[0], device[1], meta, device[5], num_tokens, ep), sampled
 
     def clear(self) -> None:
@@ -162,6 +166,7 @@ class SlotTable:
             )
         self.sampling[slot] = init.sampling
         self.keys[slot] = ((init.sampling.seed + init.sampling.choice) * KEY_FACTOR) & MAX_KEY
+        self.tasks[slot] = init.sampling.task
         self.is_admitted[slot] = True
         if init.sampling.prompt_logprobs >= 0:
             self._wants_prompt.add(slot)

@@ -22,23 +22,26 @@ class RequestLimits:
         max_model_len: longest prompt + output, tokens.
         max_request_tokens: prompt + output the KV pool can hold for one sequence, tokens.
         has_tokenizer: stop strings can be found.
+        num_tasks: that a request may name; 0 = the model has no task-level routing.
     """
 
     vocab_size: int
     max_model_len: int
     max_request_tokens: int
     has_tokenizer: bool = True
+    num_tasks: int = 0
 
 
 def validate_request(prompt_token_ids: Sequence[int], params: SamplingParams, limits: RequestLimits) -> SamplingParams:
     """Check a request against a deployment; `SamplingParams` has checked what needs no deployment.
 
     Returns:
-        `params` with `max_tokens` set: where it was None, as many as fit.
+        `params` with `max_tokens` set: where it was None, as many as fit; and with `task`, if the model has tasks.
 
     Raises:
         RequestTooLongError: the prompt leaves no room for a token, or prompt + max_tokens pass the limit.
-        InvalidRequestError: an empty prompt, an id outside the vocabulary, stop strings without a tokenizer.
+        InvalidRequestError: an empty prompt, an id outside the vocabulary, stop strings without a tokenizer, a task
+            that the model has not.
 
     Cost: O(prompt), three passes in C.
     """
@@ -49,7 +52,17 @@ def validate_request(prompt_token_ids: Sequence[int], params: SamplingParams, li
                 raise InvalidRequestError(f"{name}: id {token_id} is not below the vocabulary ({limits.vocab_size})")
     if params.stop and not limits.has_tokenizer:
         raise InvalidRequestError("stop: this model has no tokenizer.json to find strings with; use stop_token_ids")
-    return _fit(len(prompt_token_ids), params, limits)
+    return _fit(len(prompt_token_ids), _with_task(params, limits.num_tasks), limits)
+
+
+def _with_task(params: SamplingParams, num_tasks: int) -> SamplingParams:
+    if params.task is None:
+        return msgspec.structs.replace(params, task=0) if num_tasks else params
+    if not num_tasks:
+        raise InvalidRequestError(f"task ({params.task}): this model has no tasks (0); leave the field out")
+    if params.task >= num_tasks:
+        raise InvalidRequestError(f"task ({params.task}) is unknown; this model has tasks 0 to {num_tasks - 1}")
+    return params
 
 
 def _check_prompt(prompt_token_ids: Sequence[int], vocab_size: int) -> None:

@@ -58,7 +58,8 @@ class Worker:
         shape = self.model.kv_shape(spec.num_blocks, spec.block_size)
         # Not cleared: kernels mask what no token has written.
         self.kv = memory.empty(shape, self.dtype, mesh.device)
-        self.table = SlotTable(spec.max_sequences, spec.kv, mesh.device)
+        has_tasks = self.model.config.num_tasks > 0
+        self.table = SlotTable(spec.max_sequences, spec.kv, mesh.device, has_tasks=has_tasks)
         self.sampler = Sampler(self.table, spec.choose)
         self.is_broken = False
         self._next_step, self._hash = 0, 0

@@ -103,6 +103,8 @@ def test_errors_are_typed_and_carry_the_sentence(client: Client, service: Servic
         next(client.generate([]))
     with pytest.raises(errors.InvalidRequestError, match="256"):
         client.submit([256])
+    with pytest.raises(errors.InvalidRequestError, match=r"task \(0\): this model has no tasks"):
+        client.submit([1], SamplingParams(task=0))
     with pytest.raises(errors.UnknownRequestError, match="'nope'"):
         next(client.stream("nope"))
     with pytest.raises(errors.UnknownRequestError, match="'nope'"):
@@ -118,6 +120,21 @@ def test_errors_are_typed_and_carry_the_sentence(client: Client, service: Servic
     for prompt in ([-1], [2**32], ["a"], [{"role": "user"}], "\ud800"):
         with pytest.raises(errors.InvalidRequestError):
             client.submit(prompt)
+
+
+def test_a_task_reaches_the_engine(tmp_path: Path) -> None:
+    """Unset it is task 0, as `LLM` has it, and 0 is not unset; for another job under the same id it is another body."""
+    with serving(tmp_path, num_tasks=3) as service, service.client() as client:
+        engine = service.engine()
+        for task in (None, 0, 2):
+            params = SamplingParams(max_tokens=5, seed=1, task=task)
+            joined(list(client.generate([1], params)), params, 1)
+        assert [frame.params.task for frame in engine.placed] == [0, 0, 2]
+        with pytest.raises(errors.InvalidRequestError, match=r"task \(3\) is unknown; this model has tasks 0 to 2"):
+            client.submit([1], SamplingParams(task=3))
+        client.submit([1], SamplingParams(task=1), request_id="mine")
+        with pytest.raises(errors.DuplicateRequestError, match="'mine'"):
+            client.submit([1], SamplingParams(task=2), request_id="mine")
 
 
 def test_unreachable_service() -> None:

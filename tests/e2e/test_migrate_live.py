@@ -19,7 +19,7 @@ from phalanx.kernels.row_seal import SEAL_BYTES
 from phalanx.runtime import row_transfers
 from phalanx.runtime.plan import MovesDone
 from tests.support.engines import SHARING_CORES, forked_ranks
-from tests.support.oracle import Oracle
+from tests.support.oracle import Oracle, make_oracle
 from tests.support.traffic import Traffic, planner_of, random_placement
 
 NUM_STREAMS = 8
@@ -37,9 +37,9 @@ class Restless:
         self.planner, self.rng = planner_of(llm.engine), random.Random(seed)
 
     def stir(self) -> None:
-        size = self.planner.config.slots_per_rank
         for index, layer in enumerate(self.planner.placements):
             if not self.planner.is_migrating or self.rng.random() < 0.1:
+                size = self.planner.config.slots_of(index)
                 self.planner.migrate({index: random_placement(self.rng, layer, size)})
 
 
@@ -82,6 +82,15 @@ def test_stages_and_tensor_ranks_move_their_own(moe_oracle: Oracle) -> None:
     moe = {"dispatch": "flat", "redundant_experts": 2}
     with forked_ranks(), LLM(str(moe_oracle.path), tensor=2, pipeline=2, moe=moe, **SHARING_CORES, **LIMITS) as llm:
         drive(llm, moe_oracle, num_flips=60)
+
+
+@pytest.mark.multi
+def test_layers_of_different_sizes_move(tmp_path: Path) -> None:
+    """3, 5 and 8 experts on 3 ranks of at most 4 slots: the first layer is whole on every rank."""
+    oracle, moe = make_oracle("pr_moe", tmp_path), {"dispatch": "flat", "redundant_experts": 4}
+    with forked_ranks(), LLM(str(oracle.path), data=3, moe=moe, **SHARING_CORES, **LIMITS) as llm:
+        drive(llm, oracle, num_flips=40)
+        assert [layer.num_slots for layer in planner_of(llm.engine).placements] == [9, 12, 12]
 
 
 def damage(rank: int, every: int, folder: Path) -> None:

@@ -42,7 +42,7 @@ def expert_group(path: str, mesh: Mesh, experts: Experts | None) -> Iterator[Exp
         return
     assert experts is not None
     num_experts = [spec.router.num_experts for spec in specs]
-    slots = min(-(-max(num_experts) // num_ranks) + 1, *num_experts)
+    slots = min(-(-max(num_experts) // num_ranks) + 1, max(num_experts))
     placement = linear(num_experts, num_ranks, slots)
     topology = EpTopology.uniform(2, num_ranks // 2)
     rank, cpu = here.dp * shape.tp + here.tp, torch.device("cpu")

@@ -34,7 +34,17 @@ MOE_FAMILIES += [name for name in FAMILIES if name.startswith("deepseek")]
 
 def test_all_families_are_found():
     expected = {"gemma2", "gemma3_text", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3"}
-    expected |= {"deepseek_v2", "deepseek_v3", "glm4_moe", "gpt_oss", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe"}
+    expected |= {
+        "deepseek_v2",
+        "deepseek_v3",
+        "glm4_moe",
+        "gpt_oss",
+        "mixtral",
+        "olmoe",
+        "qwen2_moe",
+        "qwen3_moe",
+        "pr_moe",
+    }
     assert expected <= set(FAMILIES)
 
 
@@ -164,6 +174,7 @@ def _variants(config: DecoderConfig) -> dict[str, DecoderConfig]:
     variants |= {name: in_layers(norms(name)) for name in NORMS}
     variants |= {name: in_layers(moe(router(name))) for name in ROUTER}
     variants["no shared expert"] = in_layers(moe(lambda spec: dataclasses.replace(spec, shared=None)))
+    variants["residual"] = in_layers(moe(lambda spec: dataclasses.replace(spec, residual=False)))
     for name, value in {"limit": 100.0, "alpha": 1.0}.items():
         variants[f"swiglu {name}"] = in_layers(moe(_clamped(name, value)))
     variants["rope scaling"] = in_layers(scaling)

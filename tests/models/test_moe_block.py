@@ -44,8 +44,9 @@ def blocks_of(checkpoints):
         config = read_config(path)
         num_layers = len(config.layers)
         num_experts = [spec.router.num_experts for spec in config.moe_specs((0, num_layers))]
-        layers = linear(num_experts, 1, num_experts[0]).layers
-        group = ExpertGroup(EpTopology.uniform(1, 1), 0, layers, num_experts[0], exact=exact, device=CPU)
+        placement = linear(num_experts, 1, max(num_experts))
+        slots = placement.slots_per_rank
+        group = ExpertGroup(EpTopology.uniform(1, 1), 0, placement.layers, slots, exact=exact, device=CPU)
         decoder = load_model(
             path,
             single(CPU),

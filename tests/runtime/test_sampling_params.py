@@ -107,6 +107,8 @@ REFUSED = [
     ("seed", 2**64, r"seed \(an integer of 65 bits\) must be an integer from 0 to 18446744073709551615"),
     ("logprobs", 21, "from 0 to 20"),
     ("max_tokens", 0, r"max_tokens \(0\) must be an integer from 1"),
+    ("task", -1, r"task \(-1\) must be an integer from 0 to 2147483647"),
+    ("task", True, r"task \(True\) must be an integer"),
     ("ignore_eos", 1, r"ignore_eos \(1\) must be true or false"),
     ("skip_special_tokens", "no", r"skip_special_tokens \('no'\)"),
     ("stop", "end", r"stop must be a sequence of strings, got the string 'end'; use \['end'\]"),

@@ -7,6 +7,7 @@ import msgspec
 import pytest
 import torch
 
+from phalanx.moe.group import EpStep
 from phalanx.runtime.kv.spec import KVSpec
 from phalanx.runtime.plan import DomainPlan, Extend, PlanError, SlotInit, SlotSampling
 from phalanx.runtime.slot_table import SampleRows, SlotTable
@@ -232,3 +233,21 @@ def test_arbitrary_integers_raise_nothing_else() -> None:
             table.build(plan.rows)
         except PlanError:
             continue
+
+
+def test_every_token_has_its_requests_task() -> None:
+    """In a model with tasks; a slot's next owner brings its own."""
+    step, device = EpStep("local", 8), torch.device("cpu")
+    for has_tasks in (True, False):
+        table = SlotTable(3, SPEC, device, has_tasks=has_tasks)
+        for first, second in ((4, 0), (1, 2)):
+            admit = [
+                SlotInit(slot, pack([1] * 3), 3, 0, msgspec.structs.replace(PLAIN, task=task))
+                for slot, task in ((0, first), (2, second))
+            ]
+            table.apply(DomainPlan([], admit, [Extend(0, 0, [1]), Extend(2, 0, [2])], []))
+            batch, _ = table.build([2, 1, 0, 0, 3, 1], step)
+            assert batch.ep is not None
+            got = None if batch.ep.task_T is None else batch.ep.task_T.tolist()
+            assert got == ([second, first, first, first] if has_tasks else None)
+            table.apply(DomainPlan([0, 2], [], [], []))

@@ -85,3 +85,15 @@ def test_seeds_are_unsigned_64_bit_and_follow_the_generator() -> None:
     assert 2**63 < max(seeds) < 2**64
     assert min(seeds) < 2**58
     assert all(SamplingParams(seed=seed).seed == seed for seed in seeds)
+
+
+def test_tasks() -> None:
+    """Set where the model has some, so that nobody behind has to know the default; refused where it has none."""
+    plain = SamplingParams(max_tokens=3)
+    some = RequestLimits(100, 32, 64, num_tasks=2)
+    assert validate_request([1], plain, LIMITS) is plain
+    assert [validate_request([1], SamplingParams(task=task), some).task for task in (None, 0, 1)] == [0, 0, 1]
+    with pytest.raises(InvalidRequestError, match=r"task \(2\) is unknown; this model has tasks 0 to 1"):
+        validate_request([1], SamplingParams(task=2), some)
+    with pytest.raises(InvalidRequestError, match=r"task \(0\): this model has no tasks \(0\); leave the field out"):
+        validate_request([1], SamplingParams(task=0), LIMITS)

@@ -51,8 +51,7 @@ def make_checkpoint(
 
 def hf_model(family_name: str, seed: int = 0, **config_overrides: Any) -> Any:
     """A redrawn transformers model of a family, fp32, eager attention, in eval mode."""
-    import transformers
-
+    transformers = _transformers()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     fields = {**plugins.load("models", family_name, FAMILY).TINY, **config_overrides}
@@ -66,12 +65,21 @@ def hf_model(family_name: str, seed: int = 0, **config_overrides: Any) -> Any:
 
 def load_hf(folder: Path) -> Any:
     """The transformers model of a checkpoint folder, fp32, eager attention."""
-    import transformers
-
+    transformers = _transformers()
     transformers.logging.disable_progress_bar()
     return transformers.AutoModelForCausalLM.from_pretrained(
         folder, attn_implementation="eager", dtype=torch.float32
     ).eval()
+
+
+def _transformers() -> Any:
+    """The library, with our references of families it has not."""
+    import transformers
+
+    from tests.support import pr_moe_reference
+
+    pr_moe_reference.register()
+    return transformers
 
 
 @torch.no_grad()

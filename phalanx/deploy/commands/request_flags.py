@@ -19,6 +19,7 @@ NUMBERS: Mapping[str, tuple[type, str]] = {
     "frequency_penalty": (float, "subtracted per occurrence in the output"),
     "seed": (int, "the same seed gives the same answer; default: drawn"),
     "n": (int, "independent answers"),
+    "task": (int, "task of a model with task-level routing; default 0"),
     "logprobs": (int, "log-probabilities of this many likeliest tokens (with --json)"),
 }
 """Field of `SamplingParams` -> (type, help); its range is checked there."""

@@ -33,12 +33,14 @@ class ServedModel:
     Attributes:
         tokenizer: None = requests carry token ids and answers no text.
         vocab_size, max_model_len: tokens.
+        num_tasks: that requests may name.
     """
 
     name: str
     tokenizer: Tokenizer | None
     vocab_size: int
     max_model_len: int
+    num_tasks: int = 0
 
 
 @dataclass(slots=True)
@@ -170,6 +172,7 @@ class Inference:
             self._model.max_model_len,
             max((hello.max_request_tokens for hello in hellos), default=self._model.max_model_len),
             self._model.tokenizer is not None,
+            self._model.num_tasks,
         )
 
     async def _follow(self, cursor: Cursor) -> AsyncGenerator[pb.Chunk, None]:

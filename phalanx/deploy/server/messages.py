@@ -34,6 +34,7 @@ SAMPLING_FIELDS = (
     "presence_penalty",
     "frequency_penalty",
     "repetition_penalty",
+    "task",
 )
 STOPPING_FIELDS = ("max_tokens", "min_tokens", "ignore_eos")
 OUTPUT_FIELDS = ("logprobs", "prompt_logprobs", "skip_special_tokens")

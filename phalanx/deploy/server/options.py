@@ -16,6 +16,7 @@ class ServerOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         model_path: folder with tokenizer.json; None = requests carry token ids and answers no text.
         vocab_size: of the model; ids are below it.
         max_model_len: longest prompt + output, tokens.
+        num_tasks: that requests may name; 0 = the model has no task-level routing.
         listen: host:port of the public gRPC API; port 0 = any free one.
         engine_listen: host:port that engines and the supervisor dial; an internal interface.
         metrics_listen: host:port of the Prometheus endpoint; None = off.
@@ -29,6 +30,7 @@ class ServerOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     model_path: str | None = None
     vocab_size: int
     max_model_len: int
+    num_tasks: int = 0
     listen: str = "127.0.0.1:50051"
     engine_listen: str = "127.0.0.1:0"
     metrics_listen: str | None = None

@@ -59,7 +59,8 @@ class Server:
         self._draining = asyncio.Event()
         self._health = Health(options.model_name)
         self.shell = Shell(Core(options.core, partial(choice_outputs, tokenizer)))
-        model = ServedModel(options.model_name, tokenizer, options.vocab_size, options.max_model_len)
+        sizes = options.vocab_size, options.max_model_len, options.num_tasks
+        model = ServedModel(options.model_name, tokenizer, *sizes)
         inference = Inference(self.shell, model, options.state_interval_s, random.SystemRandom())
         cluster = Cluster(self.shell, options.model_name)
         self._public = grpc.aio.server(

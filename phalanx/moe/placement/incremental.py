@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from phalanx.moe.placement import spread
 from phalanx.moe.placement.cooling import cool
-from phalanx.moe.placement.types import LayerPlacement, Load, Placement
+from phalanx.moe.placement.types import LayerPlacement, Load, Placement, slots_of
 from phalanx.moe.placement.working_table import WorkingTable
 from phalanx.parallel.topology import EpTopology
 
@@ -38,9 +38,10 @@ def place(
     if previous is None:
         return spread.place(load_LE, topology, slots_per_rank=slots_per_rank, min_replicas=min_replicas)
     previous.validate(topology, [len(load_E) for load_E in load_LE])
-    limit = int(budget * previous.num_slots)
-    pairs = zip(previous.layers, load_LE, strict=True)
-    layers = [place_layer(load_E, topology, slots_per_rank, old, limit, min_replicas) for old, load_E in pairs]
+    layers = []
+    for old, load_E in zip(previous.layers, load_LE, strict=True):
+        size, limit = slots_of(len(load_E), slots_per_rank), int(budget * old.num_slots)
+        layers.append(place_layer(load_E, topology, size, old, limit, min_replicas))
     return Placement(slots_per_rank, tuple(layers))
 
 

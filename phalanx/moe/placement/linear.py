@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from phalanx.moe.placement.types import LayerPlacement, Load, Placement, check_room
+from phalanx.moe.placement.types import LayerPlacement, Load, Placement, check_room, slots_of
 from phalanx.parallel.topology import EpTopology
 
 
@@ -25,7 +25,7 @@ def place(
         previous: gives the versions only.
         budget: not used.
         min_replicas: not used; every expert has floor(S / E) copies at least.
-        slots_per_rank: s; P * s >= E and s <= E in every layer.
+        slots_per_rank: s; P * s >= E in every layer and s <= E in the largest.
 
     Raises:
         ConfigError: too few slots for the experts, or too many on a rank.
@@ -42,8 +42,9 @@ def linear(
         ConfigError: too few slots for the experts, or too many on a rank.
     """
     layers = []
+    check_room(max(num_experts), num_ranks, slots_per_rank)
     for index, experts in enumerate(num_experts):
-        check_room(experts, num_ranks, slots_per_rank)
         version = previous.layers[index].version + 1 if previous else 0
-        layers.append(LayerPlacement(version, tuple(slot % experts for slot in range(num_ranks * slots_per_rank))))
+        num_slots = num_ranks * slots_of(experts, slots_per_rank)
+        layers.append(LayerPlacement(version, tuple(slot % experts for slot in range(num_slots))))
     return Placement(slots_per_rank, tuple(layers))

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from phalanx.moe.placement.cooling import cool
-from phalanx.moe.placement.types import LayerPlacement, Load, Placement, check_room, reachable_copies
+from phalanx.moe.placement.types import LayerPlacement, Load, Placement, check_room, reachable_copies, slots_of
 from phalanx.moe.placement.working_table import WorkingTable
 from phalanx.parallel.topology import EpTopology
 
@@ -30,7 +30,7 @@ def place(
         load_LE: tokens per expert of each layer.
         topology: the P ranks.
         previous: gives versions, and the slot order inside ranks; no say in which rank gets what.
-        slots_per_rank: s; P * s >= E and s <= E in every layer.
+        slots_per_rank: s; P * s >= E in every layer and s <= E in the largest.
         budget: not used.
         min_replicas: copies that every expert gets, whatever its load; what does not fit counts as the most that
             does, floor(S / E).
@@ -39,9 +39,10 @@ def place(
         ConfigError: too few slots for the experts, or too many on a rank.
     """
     layers = []
+    check_room(max(map(len, load_LE)), topology.num_ranks, slots_per_rank)
     for index, load_E in enumerate(load_LE):
         old = previous.layers[index] if previous else None
-        layers.append(place_layer(load_E, topology, slots_per_rank, old, min_replicas))
+        layers.append(place_layer(load_E, topology, slots_of(len(load_E), slots_per_rank), old, min_replicas))
     return Placement(slots_per_rank, tuple(layers))
 
 

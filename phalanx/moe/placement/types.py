@@ -1,4 +1,7 @@
-"""Which logical expert every physical slot holds, per layer; slot p lives on rank `p // slots_per_rank`."""
+"""Which logical expert every physical slot holds, per layer; slot p lives on rank `p // slots_per_rank`.
+
+Layers may have different numbers of experts (pyramid): `slots_of` says how many slots of a rank each of them has.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -106,20 +109,25 @@ class LayerPlacement:
 
 @dataclass(frozen=True)
 class Placement:
-    """All MoE layers of one pipeline stage; layers may have different numbers of experts."""
+    """All MoE layers of one pipeline stage; layers may have different numbers of experts.
+
+    Attributes:
+        slots_per_rank: of a layer with as many experts; one with fewer has one slot per expert, see `slots_of`.
+        layers: in order.
+    """
 
     slots_per_rank: int
     layers: tuple[LayerPlacement, ...]
 
     @property
     def num_slots(self) -> int:
-        """S, the same in all layers."""
-        return self.layers[0].num_slots if self.layers else 0
+        """S of the largest layer."""
+        return max((layer.num_slots for layer in self.layers), default=0)
 
     @property
     def num_ranks(self) -> int:
         """P."""
-        return self.num_slots // self.slots_per_rank
+        return self.layers[0].num_slots // self._size(self.layers[0]) if self.layers else 0
 
     def validate(self, topology: EpTopology | None = None, num_experts: Sequence[int] | None = None) -> None:
         """Check every layer, and that the tables have one slot range per rank of `topology`.
@@ -131,22 +139,32 @@ class Placement:
         Raises:
             ConfigError: naming layer, rank and experts.
         """
-        num_slots = self.num_slots if topology is None else topology.num_ranks * self.slots_per_rank
+        num_ranks = self.num_ranks if topology is None else topology.num_ranks
         for index, layer in enumerate(self.layers):
             name = f"placement of MoE layer {index}"
-            if layer.num_slots != num_slots:
-                raise ConfigError(f"{name}: {layer.num_slots} slots where {num_slots} are needed")
-            layer.validate(self.slots_per_rank, None if num_experts is None else num_experts[index], name)
+            experts = layer.num_experts if num_experts is None else num_experts[index]
+            size = slots_of(experts, self.slots_per_rank)
+            if layer.num_slots != num_ranks * size:
+                raise ConfigError(f"{name}: {layer.num_slots} slots where {num_ranks * size} are needed")
+            layer.validate(size, None if num_experts is None else experts, name)
 
     def balancedness(self, load_LE: Sequence[Load] | NDArray[np.float64] | NDArray[np.int64]) -> NDArray[np.float64]:
         """(L,) mean over maximal rank load of each layer."""
         pairs = zip(self.layers, load_LE, strict=True)
-        return np.array([layer.balancedness(load_E, self.slots_per_rank) for layer, load_E in pairs])
+        return np.array([layer.balancedness(load_E, self._size(layer)) for layer, load_E in pairs])
 
     def digest(self) -> str:
         """32 hex digits, equal on two ranks if and only if versions and tables are."""
         text = f"{self.slots_per_rank};" + ";".join(f"{x.version}:{x.physical_to_logical}" for x in self.layers)
         return blake2b(text.encode(), digest_size=16).hexdigest()
+
+    def _size(self, layer: LayerPlacement) -> int:
+        return slots_of(layer.num_experts, self.slots_per_rank)
+
+
+def slots_of(num_experts: int, slots_per_rank: int) -> int:
+    """Slots per rank of a layer: a rank that has room for all of its experts holds each once, and no empty slots."""
+    return min(slots_per_rank, num_experts)
 
 
 def reachable_copies(min_replicas: int, num_experts: int, num_slots: int) -> int:
