@@ -6,7 +6,6 @@ from typing import NamedTuple
 from phalanx.errors import ConfigError
 from phalanx.models.sizes import expert_parameter_count, kv_bytes_per_token, parameter_count, widest_row
 from phalanx.models.spec import DecoderConfig
-from phalanx.moe.spec import MoeSpec
 from phalanx.parallel.mesh import MeshShape
 from phalanx.runtime.expert_config import STAGING_ROWS
 from phalanx.runtime.kv.spec import KVSpec
@@ -72,8 +71,7 @@ def stage_bytes(
     workspace = batch.max_tokens * (3 * model.hidden_size + widest) * itemsize
     if is_last:
         workspace += (batch.max_sequences + MAX_PROMPT_LOGPROBS) * model.vocab_size * LOGITS_BYTES
-    mlps = (layer.mlp for layer in model.layers[slice(*layers)])
-    rows = [expert_parameter_count(mlp.experts, model.hidden_size) for mlp in mlps if isinstance(mlp, MoeSpec)]
+    rows = [expert_parameter_count(spec.experts, model.hidden_size) for spec in model.moe_specs(layers)]
     workspace += STAGING_ROWS * max(rows, default=0) * itemsize
     return StageBytes(stage, weights, workspace, block_size * kv_bytes_per_token(model, shape.tp, layers, itemsize))
 
