@@ -27,7 +27,9 @@ NUM_SHARED = 24
 """Tokens that the last prompt but one shares with the first as a prefix; the third last has some of them elsewhere."""
 
 CANDIDATES = 64
-"""Prompts tried per length, together; the first good one is taken."""
+"""Prompts tried per length; the first good one is taken."""
+
+AT_ONCE = 16
 
 NUM_DISTINCT = 8
 """Different ids in an answer; a model that repeats one id proves little."""
@@ -72,22 +74,31 @@ def make_oracle(family: str, directory: Path) -> Oracle:
             drawn[:, :NUM_SHARED] = torch.tensor(prompts[0][:NUM_SHARED])
         if length == LENGTHS[-3]:  # equal blocks that are no equal prefix
             drawn[:, : NUM_SHARED - 8] = torch.tensor(prompts[0][8:NUM_SHARED])
-        ids = generate(model, drawn)
-        with torch.inference_mode():
-            rows = model(ids).logits.float()
-        best = rows[:, length - 1 : -1].topk(2, dim=-1)
-        margin = (best.values[..., 0] - best.values[..., 1]).amin(-1)
-        num_distinct = torch.tensor([len(row.unique()) for row in ids[:, length:]])
-        is_good = (margin > MARGIN) & (num_distinct >= NUM_DISTINCT)
-        assert is_good.any(), f"{family}: none of {CANDIDATES} prompts has a margin of {MARGIN} and {NUM_DISTINCT} ids"
-        good = int(is_good.int().argmax())
-        # Of the others some are decided by rounding, which a cache changes.
-        assert torch.equal(best.indices[good, :, 0], ids[good, length:]), "generate, cached, and forward agree"
-        prompts.append(ids[good, :length].tolist())
-        outputs.append(ids[good, length:].tolist())
-        logits.append(rows[good])
-        margins.append(float(margin[good]))
+        found = next(filter(None, (_first_good(model, part) for part in drawn.split(AT_ONCE))), None)
+        assert found, f"{family}: none of {CANDIDATES} prompts has a margin of {MARGIN} and {NUM_DISTINCT} ids"
+        ids, rows, margin = found
+        prompts.append(ids[:length].tolist())
+        outputs.append(ids[length:].tolist())
+        logits.append(rows)
+        margins.append(margin)
     return Oracle(path, prompts, outputs, logits, min(margins))
+
+
+def _first_good(model: Any, prompts: Tensor) -> tuple[Tensor, Tensor, float] | None:
+    """(ids with the answer, logits, smallest margin) of the first prompt whose answer rounding does not decide."""
+    length, ids = prompts.shape[1], generate(model, prompts)
+    with torch.inference_mode():
+        rows = model(ids).logits.float()
+    best = rows[:, length - 1 : -1].topk(2, dim=-1)
+    margin = (best.values[..., 0] - best.values[..., 1]).amin(-1)
+    num_distinct = torch.tensor([len(row.unique()) for row in ids[:, length:]])
+    is_good = (margin > MARGIN) & (num_distinct >= NUM_DISTINCT)
+    if not is_good.any():
+        return None
+    good = int(is_good.int().argmax())
+    # Of the others some are decided by rounding, which a cache changes.
+    assert torch.equal(best.indices[good, :, 0], ids[good, length:]), "generate, cached, and forward agree"
+    return ids[good], rows[good], float(margin[good])
 
 
 def generate(model: Any, prompts: Tensor) -> Tensor:
