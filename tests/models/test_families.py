@@ -221,7 +221,7 @@ def _partly_filled(config: DecoderConfig, path: Any, family: str) -> Decoder:
             return target if target is not None and (target.stacking or target.name in parameters) else None
 
     with Checkpoint(path) as checkpoint:
-        fill(decoder, checkpoint, Names)
+        fill(decoder, checkpoint.tensors(), Names)
     decoder.finalize()
     return decoder
 
