@@ -24,6 +24,8 @@ MIX = (-0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15)
 class _Tables(NamedTuple):
     """Row E, which index -1 means too, is for a choice that was dropped: no replica anywhere.
 
+    Where no expert has two slots, all but the first are empty.
+
     Attributes:
         first_slot: (E + 1,) int32, an expert's lowest slot; row E is -1.
         slots_by_node: (S,) int32, all slots ordered by (expert, node, slot).
@@ -77,7 +79,10 @@ class ReplicaTables:
             table.copy_(new)
 
     def _build(self, layer: LayerPlacement) -> _Tables:
-        """By numpy: so small, every operation of torch costs more than the table."""
+        """By numpy: so small, every operation of torch costs more than the table. A lookup needs `first_slot` alone."""
+        first_slot = np.array([slots[0] for slots in layer.logical_to_physical] + [-1], np.int32)
+        if not self.has_replicas:
+            return _Tables(torch.from_numpy(first_slot), *[torch.empty(0)] * 7)
         experts, node_of = layer.slots, self._node_of_slot
         order = np.argsort(experts * self.num_nodes + node_of, kind="stable")
         count_EN = np.zeros((layer.num_experts + 1, self.num_nodes), np.int32)
@@ -85,7 +90,6 @@ class ReplicaTables:
         total = count_EN.sum(1, dtype=np.int32)
         start = total.cumsum(dtype=np.int32) - total
         start[-1] = 0
-        first_slot = np.array([slots[0] for slots in layer.logical_to_physical] + [-1], np.int32)
         return _Tables(
             first_slot=torch.from_numpy(first_slot),
             slots_by_node=torch.from_numpy(order.astype(np.int32)),
