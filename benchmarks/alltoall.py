@@ -12,7 +12,7 @@ combine together.
 
 `grid` and `held_out` calibrate the cost model on the links and print what `moe.dispatch: auto` settles on at several
 sizes, against the best kind of each cell, of each setting, and overall. One thing was chosen after a look at
-`held_out`: up to which layer size calibration measures.
+`held_out`: which layer sizes calibration measures.
 """
 
 import argparse

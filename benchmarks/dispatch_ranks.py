@@ -19,6 +19,7 @@ from torch.distributed import TCPStore
 
 from phalanx import plugins
 from phalanx.moe.dispatch.dispatcher import DispatchConfig, Dispatched, Dispatcher
+from phalanx.moe.probe import Probe
 from phalanx.parallel import calibration, membership
 from phalanx.parallel.costmodel import ExpertTraffic
 from phalanx.parallel.topology import EpTopology
@@ -148,7 +149,8 @@ def measure(
         timeout_s=60,
         interface=DEVICE,
     )
-    fabric = calibration.measure(group.transport, setting.traffic) if calibrated else []
+    probe = Probe(setting.traffic, HIDDEN, torch.float32, torch.device("cpu"))
+    fabric = calibration.measure(group.transport, setting.traffic, probe.layer) if calibrated else []
     traffic = Traffic(setting.topology)
     counting = CountingTransport(group.transport, traffic)
     sides = [Rank(setting, case, rank, counting) for case in cases]

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from phalanx.parallel.cost_fit import LayerSample, Sample, calibrate, curves_of
-from phalanx.parallel.costmodel import KINDS, ExpertTraffic, Kind, expected_hits, fabric_of
+from phalanx.parallel.costmodel import KINDS, ExpertTraffic, Kind, fabric_of
 from phalanx.parallel.topology import EpTopology
-from phalanx.parallel.transport import AllGather, AllToAll, Counts, Exchange, Hop, ReduceScatter, Transport, peers, run
+from phalanx.parallel.transport import AllGather, AllToAll, Hop, Transport, peers
 
 SIZES = (256, 8192, 65536, 524288)
 """Bytes per message."""
@@ -33,10 +33,13 @@ PACK_OPERATIONS = 16
 """Operations on masks and indices that stand for finding out which rows go where."""
 
 PACK_ROWS, PACK_BYTES = (1, 32, 1024), 2048
-LAYER_TOKENS = (1, 4, 16, 48, 144)
+LAYER_TOKENS = (1, 8, 48, 144, 384)
 """Per rank, of whole layers; none after one that takes `LAST_LAYER_S`."""
 
-LAST_LAYER_S = 0.08
+LAST_LAYER_S = 0.25
+
+MakeLayer = Callable[[Transport, Kind, int], Callable[[], object]]
+"""(transport, kind, tokens per rank) -> a layer's exchanges with evenly routed tokens: `phalanx.moe.probe`."""
 
 
 class Case(NamedTuple):
@@ -48,12 +51,15 @@ class Case(NamedTuple):
     size: int
 
 
-def measure(transport: Transport, traffic: ExpertTraffic, device: torch.device | None = None) -> list[float]:
+def measure(
+    transport: Transport, traffic: ExpertTraffic, layer: MakeLayer, device: torch.device | None = None
+) -> list[float]:
     """Time exchanges between nodes and inside them, then whole layers; all ranks of the group call it together.
 
     Args:
         transport: of the expert group, which does nothing else meanwhile.
         traffic: of the layers that will be predicted.
+        layer: makes one that carries out its exchanges when called.
         device: of the rows; None = CPU.
 
     Returns:
@@ -63,11 +69,11 @@ def measure(transport: Transport, traffic: ExpertTraffic, device: torch.device |
         ConfigError: the group has one rank.
         ReplicaLostError: a rank is gone.
 
-    Cost: about 500 exchanges; 0.2 to 0.5 s inside a host, 3 to 4 s between two nodes at 200 Mbit/s.
+    Cost: about 600 exchanges; 1 s for two ranks inside a host, 7 s between two nodes of four at 200 Mbit/s.
     """
     clock = _Clock(transport, torch.device("cpu") if device is None else device)
     constants = calibrate(time_exchanges(clock))
-    return fabric_of(constants, curves_of(constants, time_layers(clock, traffic)))
+    return fabric_of(constants, curves_of(constants, time_layers(clock, traffic, layer)))
 
 
 def time_exchanges(clock: "_Clock") -> list[Sample]:
@@ -82,78 +88,22 @@ def time_exchanges(clock: "_Clock") -> list[Sample]:
     return [*samples, *(Sample("pack", 1, rows * PACK_BYTES, _time_packing(clock, rows)) for rows in PACK_ROWS)]
 
 
-def time_layers(clock: "_Clock", traffic: ExpertTraffic) -> list[LayerSample]:
+def time_layers(clock: "_Clock", traffic: ExpertTraffic, layer: MakeLayer) -> list[LayerSample]:
     """The exchanges of a layer of each kind, evenly routed, equal on every rank."""
     transport = clock.transport
+    for kind in KINDS:  # the first one of a kind loads its code and fills caches
+        layer(transport, kind, LAYER_TOKENS[0])()
     samples = []
     for num_tokens in LAYER_TOKENS:
         for kind in KINDS:
-            layer = _Layer(kind, transport, num_tokens, traffic, clock.device)
-            first = clock.seconds(layer.run)
-            timings = [clock.seconds(layer.run) for _ in range(REPETITIONS if first < LONG_S else 1)]
+            run = layer(transport, kind, num_tokens)
+            first = clock.seconds(run)
+            timings = [clock.seconds(run) for _ in range(REPETITIONS if first < LONG_S else 1)]
             seconds = statistics.median(timings if first < LONG_S else [first, *timings])
             samples.append(LayerSample(kind, transport.topology, num_tokens, traffic, seconds))
         if samples[-1].seconds > LAST_LAYER_S:
             break
     return samples
-
-
-class _Layer:
-    """What a dispatcher exchanges, with made-up rows of the expected sizes."""
-
-    def __init__(
-        self, kind: Kind, transport: Transport, num_tokens: int, traffic: ExpertTraffic, device: torch.device
-    ) -> None:
-        self._kind, self._transport = kind, transport
-        self._topology, self._rank = transport.topology, transport.rank
-        self._num_tokens, self._traffic, self._device = num_tokens, traffic, device
-
-    def run(self) -> None:
-        """Dispatch and combine once."""
-        run(self._exchange(), self._transport)
-
-    def _exchange(self) -> Exchange[None]:
-        match self._kind:
-            case "flat":
-                yield self._counts("flat")
-                yield self._all_to_all("flat", self._topology.num_ranks, self._traffic.row_bytes)
-                yield self._all_to_all("flat", self._topology.num_ranks, self._traffic.return_bytes)
-            case "two_hop":
-                yield self._counts("rail")
-                yield self._counts("node")
-                yield self._all_to_all("rail", self._topology.num_nodes, self._traffic.row_bytes)
-                yield self._all_to_all("node", self._topology.num_ranks, self._traffic.row_bytes)
-                yield self._all_to_all("node", self._topology.num_ranks, self._traffic.return_bytes)
-                yield self._all_to_all("rail", self._topology.num_nodes, self._traffic.return_bytes)
-            case "allgather":
-                hops: tuple[Hop, ...] = ("rail", "node") if self._topology.is_uniform else ("flat",)
-                rows = self._rows(self._num_tokens, self._traffic.row_bytes)
-                for hop in hops:
-                    rows = yield AllGather(hop, rows)
-                sums = torch.ones(len(rows), self._traffic.reduce_bytes // 4, device=self._device)
-                for hop in reversed(hops):
-                    sums = yield ReduceScatter(hop, sums)
-
-    def _counts(self, hop: Hop) -> Counts:
-        num_peers = len(peers(self._topology, self._rank, hop))
-        return Counts(hop, torch.ones(num_peers, 1, dtype=torch.int32, device=self._device))
-
-    def _all_to_all(self, hop: Hop, num_groups: int, row_bytes: int) -> AllToAll:
-        """Every token's row to each of the groups of experts that it hits."""
-        topology, rank = self._topology, self._rank
-        members, node_of = peers(topology, rank, hop), topology.node_of
-        # The rail of ragged nodes is the whole group, but rows go to forwarders alone.
-        send = tuple(int(hop != "rail" or topology.forwarder(rank, node_of[peer]) == peer) for peer in members)
-        receive = tuple(int(hop != "rail" or topology.forwarder(peer, node_of[rank]) == rank) for peer in members)
-        hits = expected_hits(num_groups, self._traffic.num_experts, self._traffic.top_k)
-        rows = self._rows(sum(send), max(1, int(self._num_tokens * hits * row_bytes) // sum(send)))
-        order = torch.arange(len(rows), device=self._device)
-        find_places(order)
-        return AllToAll(hop, rows.index_select(0, order), send, receive)
-
-    def _rows(self, num_rows: int, num_bytes: int) -> Tensor:
-        # Not zeros: memory that nobody has written is one page of the kernel, always in the cache.
-        return torch.ones(num_rows, num_bytes, dtype=torch.uint8, device=self._device)
 
 
 class _Clock:

@@ -7,6 +7,7 @@ of the next generation are built in a thread while the current one serves.
 import threading
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 from phalanx.errors import PhalanxError
@@ -14,6 +15,7 @@ from phalanx.kernels.experts import Experts
 from phalanx.models.loading import read_config
 from phalanx.moe.group import ExpertGroup
 from phalanx.moe.placement.types import LayerPlacement
+from phalanx.moe.probe import Probe
 from phalanx.parallel import calibration, membership, rendezvous
 from phalanx.parallel.membership import Membership
 from phalanx.parallel.mesh import Mesh
@@ -76,8 +78,10 @@ class RankExperts:
             self._current = self._build(orders.generation, topology, self.group.rank)
             self.group.enter(self._current.transport, self.group.placements)
             if orders.calibrate:
-                traffic = expert_traffic(read_config(spec.model_path), ITEMSIZE[spec.dtype], exact=orders.exact)
-                self.fabric = calibration.measure(self._current.transport, traffic, mesh.device)
+                model = read_config(spec.model_path)
+                traffic = expert_traffic(model, ITEMSIZE[spec.dtype], exact=orders.exact)
+                probe = Probe(traffic, model.hidden_size, getattr(torch, spec.dtype), mesh.device)
+                self.fabric = calibration.measure(self._current.transport, traffic, probe.layer, mesh.device)
 
     def attach(self, experts: Sequence[Experts]) -> None:
         """Take the weights of the stage's MoE layers, loaded already; they are moved from and into."""

@@ -53,6 +53,7 @@ def test_cycles(census: Census, answers: list[list[int]], record_property: Calla
                 gap_s[size].append(load.longest_gap_s)
             assert_only(census, client, SIZES[-1])
             if cycle == 0:
+                time.sleep(1.0)  # groups that were left are closed by then
                 before = open_things()
         count = load.num_streams
         wait_until(lambda: load.num_streams >= count + NUM_STREAMS, 30, "streams after the last cycle")

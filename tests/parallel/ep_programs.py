@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from phalanx.errors import ReplicaLostError
+from phalanx.moe.probe import Probe
 from phalanx.parallel import calibration
 from phalanx.parallel.costmodel import ExpertTraffic
 from phalanx.parallel.membership import Membership, Transfer, build
@@ -280,7 +281,8 @@ def calibrate_live(rank: int, address: str, topology: EpTopology) -> list[object
     """Measured constants, and how long that took."""
     membership = meet(connect(address), 1, topology, rank)
     begin = time.monotonic()
-    fabric = calibration.measure(membership.transport, ExpertTraffic.of(256, 4, 16, 4, exact=False))
+    traffic = ExpertTraffic.of(256, 4, 16, 4, exact=False)
+    fabric = calibration.measure(membership.transport, traffic, Probe(traffic, 256, torch.float32, CPU).layer)
     took_s = time.monotonic() - begin
     membership.destroy()
     return [fabric, took_s]
