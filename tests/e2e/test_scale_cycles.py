@@ -52,11 +52,16 @@ def all_held(llm: LLM) -> tuple[Held, ...]:
     return (ours, held(pids(llm)[0]), held(pids(llm)[1]))
 
 
-def is_as_before(now: tuple[Held, ...], before: tuple[Held, ...]) -> bool:
-    """Nothing is held that was not; a moment's connection or thread is neither a group nor a leak."""
-    return all(
-        one.descriptors <= first.descriptors + 2 and one.threads <= first.threads + 1
-        for one, first in zip(now, before, strict=True)
+def settle(llm: LLM, traffic: Traffic, before: tuple[Held, ...]) -> None:
+    """Serve until nothing is held that was not before: groups that were left close beside the steps that follow.
+
+    A moment's connection or thread is neither a group nor a leak.
+    """
+    traffic.until(
+        lambda: all(
+            one.descriptors <= first.descriptors + 2 and one.threads <= first.threads + 1
+            for one, first in zip(all_held(llm), before, strict=True)
+        )
     )
 
 
@@ -99,8 +104,7 @@ def test_cycles(moe_oracle: Oracle, record_property: Callable[[str, object], Non
                 llm.engine.scheduler.check()
             if cycle == 0:  # the first ranks that join make the engine's process open what it then keeps
                 before = (all_held(llm)[0], *before[1:])
-            # A group that was left closes beside the steps that follow.
-            traffic.until(lambda: is_as_before(all_held(llm), before))
+            settle(llm, traffic, before)
         after = all_held(llm)
         traffic.finish()
         assert traffic.num_done >= NUM_STREAMS
