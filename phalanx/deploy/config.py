@@ -70,10 +70,12 @@ class RayConfig:
     Attributes:
         address: local = start one on this machine; auto = the running one of this machine; else where its head is.
         nodes: how many nodes the local cluster pretends to have.
+        placement_timeout: seconds that Ray may take to find room for a replica, or for a rank that joins it.
     """
 
     address: Annotated[str, _ray_address()] = "local"
     nodes: Annotated[int, integer(1, 64)] = 1
+    placement_timeout: Annotated[float, duration()] = 30.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

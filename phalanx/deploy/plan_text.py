@@ -43,8 +43,8 @@ def resolved_file(plan: DeploymentPlan) -> str:
     tree = {section: _plain(asdict(plan)[section]) for section in SECTIONS}
     tree["kv"]["cpu_memory"] = _size(plan.kv.cpu_memory)
     tree["server"]["max_message"] = _size(plan.server.max_message)
-    for key in ("drain", "detach_grace"):
-        tree["server"][key] = _duration(tree["server"][key])
+    for section, key in (("server", "drain"), ("server", "detach_grace"), ("ray", "placement_timeout")):
+        tree[section][key] = _duration(tree[section][key])
     return yaml.safe_dump(tree, sort_keys=False, default_flow_style=None, width=10_000)
 
 

@@ -11,8 +11,6 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from phalanx.deploy.plan import DeploymentPlan
 from phalanx.errors import ReplicaLostError
 
-PLACEMENT_S = 30.0
-
 
 def place(plan: DeploymentPlan, name: str, data: int | None = None) -> Any:
     """Ask Ray for the placement group of `data` dp ranks (None = all of the plan); it may have to be waited for."""

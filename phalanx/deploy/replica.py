@@ -12,7 +12,7 @@ from ray.util.placement_group import remove_placement_group
 from phalanx.deploy import plan as plans
 from phalanx.deploy.actors import EngineActor, EngineOrders, new_key
 from phalanx.deploy.plan import DeploymentPlan
-from phalanx.deploy.ray_groups import PLACEMENT_S, describe, in_bundle, place, shortage
+from phalanx.deploy.ray_groups import describe, in_bundle, place, shortage
 from phalanx.deploy.units import GrowFailure, Units
 from phalanx.errors import ConfigError, ReplicaLostError
 from phalanx.runtime.rank import Bootstrap
@@ -62,7 +62,7 @@ class Replica:
         """
         name = f"phalanx-{self.replica}-{self.incarnation}"
         self._group = place(self._plan, name, self._data)
-        if not _until(self._group.wait, PLACEMENT_S, stopping):
+        if not _until(self._group.wait, self._plan.ray.placement_timeout, stopping):
             raise ConfigError(shortage(self._plan, self._data))
         key, orders = new_key(), self._orders()
         self._engine = in_bundle(EngineActor, self._group, 0, 0, 0).remote(orders, key)

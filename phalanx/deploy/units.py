@@ -17,7 +17,7 @@ from ray.util.placement_group import placement_group_table, remove_placement_gro
 
 from phalanx.deploy.actors import WorkerActor
 from phalanx.deploy.plan import DeploymentPlan
-from phalanx.deploy.ray_groups import PLACEMENT_S, describe, in_bundle, place, shortage
+from phalanx.deploy.ray_groups import describe, in_bundle, place, shortage
 from phalanx.runtime.rank import Bootstrap
 
 
@@ -99,7 +99,7 @@ class Units:
         for ranks in units:
             if any(rank in unit.actors for unit in self._units for rank in ranks):
                 continue
-            deadline = now + PLACEMENT_S
+            deadline = now + self._plan.ray.placement_timeout
             if self._vacant:
                 unit = _Unit(self._group, self._vacant.pop(), True, op_id, deadline)
             else:

@@ -54,6 +54,7 @@ ACCEPTED: list[tuple[str, str, object]] = [
     ("ray.address", "ray://head.example:10001", "ray://head.example:10001"),
     ("ray.address", "10.0.0.1:6379", "10.0.0.1:6379"),
     ("ray.address", "auto", "auto"),
+    ("ray.placement_timeout", "10min", 600.0),
     ("kernels", "{paged_attention: reference}", {"paged_attention": "reference"}),
     # A string stays the text that is written, whatever YAML 1.1 would make of it.
     ("model.name", "no", "no"),

@@ -9,6 +9,7 @@ model.dtype
 model.name
 ray.address
 ray.nodes
+ray.placement_timeout
 device
 replicas
 parallel.tensor

@@ -18,7 +18,6 @@ import ray
 from safetensors.torch import load_file, save_file
 
 from phalanx import SamplingParams
-from phalanx.deploy import replica as replicas
 from phalanx.deploy.config import RayConfig, parse_config
 from phalanx.deploy.local_ray import LocalRay
 from phalanx.deploy.ray_cluster import RayCluster
@@ -84,21 +83,20 @@ def ask(deployment: Deployment) -> int:
         return sum(len(chunk.token_ids) for chunk in client.generate("import os", params))
 
 
-def test_attached(cluster: RayCluster, census: Census, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attached(cluster: RayCluster, census: Census) -> None:
     with deployed(file(), census) as deployment:
         assert ask(deployment) == 20
-        assert_shortage_is_named(cluster, monkeypatch)
+        assert_shortage_is_named(cluster)
         deployment.process.send_signal(signal.SIGTERM)
         assert deployment.wait_end() == 0
         took_s = assert_cluster_is_free(census, within_s=5.0)
     print(f"\nattached, then SIGTERM: the cluster is free {took_s:.1f} s after the end")
 
 
-def assert_shortage_is_named(cluster: RayCluster, monkeypatch: pytest.MonkeyPatch) -> None:
+def assert_shortage_is_named(cluster: RayCluster) -> None:
     """The nodes would do, but half of their CPUs are taken."""
-    config = parse_config(file(pipeline=2), "second.yaml")
+    config = parse_config(file(pipeline=2).replace("ray: {", "ray: {placement_timeout: 1s, "), "second.yaml")
     second = Replica(resolve(config, cluster.hardware(), read_config(TINY)), 0, 1, "127.0.0.1:1")
-    monkeypatch.setattr(replicas, "PLACEMENT_S", 1.0)
     try:
         with pytest.raises(ConfigError, match=r"2 of 4 CPU free, the replica needs 4 in groups of 2 on one node"):
             second.start(threading.Event())

@@ -4,7 +4,7 @@ The streams are compared with an undisturbed run on one rank. First, a replica w
 without a rank. Then another one, where is killed: a new worker, an old worker and the engine while an operation
 prepares, Ray's room for a new worker, a worker after the commit. Nothing may be left behind.
 
-About 110 s on two quiet cores, 30 of them waiting for a placement that cannot be.
+About 80 s on two quiet cores.
 """
 
 import json

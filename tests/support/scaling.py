@@ -12,7 +12,7 @@ from tests.support.deployment import pids, wait_until
 
 FILE = """
 model: {path: tiny-moe, dtype: float32}
-ray: {address: local, nodes: 2}
+ray: {address: local, nodes: 2, placement_timeout: 8s}
 device: cpu
 parallel: {data: 2}
 scheduler: {max_sequences: 16}
