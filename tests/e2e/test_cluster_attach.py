@@ -25,7 +25,7 @@ from phalanx.deploy.replica import Replica
 from phalanx.deploy.resolve import resolve
 from phalanx.errors import ConfigError
 from phalanx.models.hf_config import read_config, resolve_path
-from tests.support.census import Census
+from tests.support.census import Census, command
 from tests.support.deployment import Deployment, deployed, pids, short_folder, wait_until
 
 pytestmark = pytest.mark.slow
@@ -68,8 +68,8 @@ def assert_cluster_is_free(census: Census, within_s: float) -> float:
     """No actor, no controller, no supervisor; every CPU is back, every node alive."""
 
     def is_free() -> bool:
-        commands = [" ".join(process.cmdline()) for process in census.processes()]
-        busy = [command for command in commands if "Actor" in command or "phalanx.deploy.server" in command]
+        commands = [command(process) for process in census.processes()]
+        busy = [line for line in commands if "Actor" in line or "phalanx.deploy.server" in line]
         return not busy and ray.available_resources().get("CPU") == ray.cluster_resources().get("CPU")
 
     took_s = wait_until(is_free, within_s, "a free cluster", interval_s=0.1)

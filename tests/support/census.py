@@ -78,7 +78,7 @@ class Census:
 
     def _left(self) -> str | None:
         if processes := self.processes():
-            return f"processes {[(process.pid, _command(process)) for process in processes]}"
+            return f"processes {[(process.pid, command(process)[:120]) for process in processes]}"
         listening = _listening()
         if ports := [listening[inode] for inode in self._sockets if inode in listening]:
             return f"listening ports {ports}"
@@ -122,8 +122,9 @@ def _descriptors(pid: int) -> list[str]:
     return links
 
 
-def _command(process: psutil.Process) -> str:
+def command(process: psutil.Process) -> str:
+    """Its command line; it may end meanwhile."""
     try:
-        return " ".join(process.cmdline())[:120] or process.name()
+        return " ".join(process.cmdline()) or process.name()
     except psutil.NoSuchProcess:
         return "gone"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from phalanx import LLM, Client, SamplingParams
 from phalanx.deploy.client import ReplicaStatus, ScaleOperation
 from phalanx.errors import PhalanxError
-from tests.support.census import Census
+from tests.support.census import Census, command
 from tests.support.deployment import pids, wait_until
 
 FILE = """
@@ -90,7 +90,7 @@ def follow(client: Client, op_id: str, data: int, timeout_s: float = 60) -> Scal
 
 def workers(census: Census) -> set[int]:
     """Processes of ranks that run or have run."""
-    return {process.pid for process in census.processes() if "WorkerActor" in " ".join(process.cmdline())}
+    return {process.pid for process in census.processes() if "WorkerActor" in command(process)}
 
 
 def assert_only(census: Census, client: Client, data: int) -> None:
