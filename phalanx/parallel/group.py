@@ -30,7 +30,7 @@ class Group:
     def all_reduce(self, x: Tensor) -> Tensor:
         """Sum `x` over the group, in place; returns `x`. Any float or integer dtype, contiguous.
 
-        On CPU every element is summed in rank order, in fp32 at least: a row's bits do not depend on the rows beside it.
+        On CPU in rank order and in fp32 at least: a row's bits do not depend on the rows beside it.
 
         Cost: on CPU one exchange of all of `x` with everybody, above `ONE_HOP_BYTES` two of a part each.
         """

@@ -39,6 +39,19 @@ def collectives(mesh: Mesh) -> list[Tensor]:
     return [summed, group.all_gather(mine), group.all_gather(mine, dim=0), same, empty, half]
 
 
+DTYPES = (torch.float32, torch.bfloat16, torch.int64)
+
+
+def summand(rank: int, num_rows: int, dtype: torch.dtype) -> Tensor:
+    """Rows of 401 values that are not the same in any other order of addition; the first rows of more are the same."""
+    return (1000 * draw(rank, num_rows, 401)).to(dtype)
+
+
+def sums(mesh: Mesh, num_rows: int) -> list[Tensor]:
+    """Of each dtype."""
+    return [mesh.tp.all_reduce(summand(mesh.tp.rank, num_rows, dtype)).double() for dtype in DTYPES]
+
+
 def coordinates(mesh: Mesh) -> list[Tensor]:
     """Rank sums over each group tell which ranks are in it."""
     me = torch.tensor([float(mesh.rank)])

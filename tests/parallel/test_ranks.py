@@ -1,8 +1,11 @@
 """Collectives, sharded layers and pipeline lanes on gloo ranks, against one rank. Runs in 15 s."""
 
+import functools
+
 import pytest
 import torch
 
+from phalanx.parallel.group import ONE_HOP_BYTES
 from phalanx.parallel.mesh import MeshShape
 from phalanx.parallel.rendezvous import host_store, single
 from tests.parallel import programs
@@ -22,6 +25,20 @@ def test_collectives(size):
         assert torch.equal(same, inputs[-1])
         assert empty.shape == (0, 3 * size)
         assert torch.equal(half, torch.full((4,), size / 2))
+
+
+@pytest.mark.parametrize("num_rows", [3, 500], ids=["one hop", "in parts"])
+@pytest.mark.parametrize("size", [2, 3])
+def test_sums_are_in_rank_order(size, num_rows):
+    assert (num_rows * 401 * 4 > ONE_HOP_BYTES) == (num_rows == 500)
+    ordered = []
+    for dtype in programs.DTYPES:
+        parts = [programs.summand(rank, num_rows, dtype) for rank in range(size)]
+        wide = [part.float() if dtype == torch.bfloat16 else part for part in parts]
+        ordered.append(functools.reduce(torch.add, wide).to(dtype).double())
+    for got in run_mesh(MeshShape(tp=size), programs.sums, num_rows):
+        for mine, expected in zip(got, ordered, strict=True):
+            assert torch.equal(mine, expected)
 
 
 def test_groups_follow_the_axes():
