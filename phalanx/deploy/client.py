@@ -194,16 +194,27 @@ class Client(_Requests):
         """Let the service refuse new jobs (or accept them again); returns the jobs it still has."""
         return client_messages.job_counts(self._call(self._cluster.Drain, pb.DrainRequest(undo=undo)).jobs)
 
-    def plan_scale(self, data: int, replica: int | None = None) -> ScalePlan:
+    def plan_scale(self, data: int, replica: int | None = None, *, leave: Sequence[str] = ()) -> ScalePlan:
         """What it would take to give one replica (None = each) `data` data-parallel ranks, or why it cannot be.
+
+        Args:
+            data: data-parallel ranks of each replica that is meant.
+            replica: one of them; None = all.
+            leave: names of Ray nodes, as `status` shows them, on which no rank shall stay.
 
         Raises:
             UnavailableError: a replica is not up.
         """
-        return client_scale.plan(self._call(self._cluster.PlanScale, client_scale.target(data, replica)))
+        return client_scale.plan(self._call(self._cluster.PlanScale, client_scale.target(data, replica, leave)))
 
     def apply_scale(
-        self, op_id: str, data: int, replica: int | None = None, *, plan_id: str | None = None
+        self,
+        op_id: str,
+        data: int,
+        replica: int | None = None,
+        *,
+        plan_id: str | None = None,
+        leave: Sequence[str] = (),
     ) -> ScaleOperation:
         """Begin to scale and return at once. The same `op_id` again returns the state of the same operation.
 
@@ -212,13 +223,14 @@ class Client(_Requests):
             data: data-parallel ranks of each replica that is meant.
             replica: one of them; None = all.
             plan_id: of a plan that must still hold when the operation begins.
+            leave: names of Ray nodes, as `status` shows them, on which no rank shall stay.
 
         Raises:
             ConfigError: it cannot be, another operation is under way, or the plan is outdated.
             DuplicateRequestError: the id is that of another operation.
             UnavailableError: a replica is not up.
         """
-        request = client_scale.request(op_id, data, replica, plan_id)
+        request = client_scale.request(op_id, data, replica, plan_id, leave)
         return client_scale.operation(self._call(self._cluster.ApplyScale, request))
 
     def close(self) -> None:
@@ -323,15 +335,21 @@ class AsyncClient(_Requests):
         """As `Client.drain`."""
         return client_messages.job_counts((await self._call(self._cluster.Drain, pb.DrainRequest(undo=undo))).jobs)
 
-    async def plan_scale(self, data: int, replica: int | None = None) -> ScalePlan:
+    async def plan_scale(self, data: int, replica: int | None = None, *, leave: Sequence[str] = ()) -> ScalePlan:
         """As `Client.plan_scale`."""
-        return client_scale.plan(await self._call(self._cluster.PlanScale, client_scale.target(data, replica)))
+        return client_scale.plan(await self._call(self._cluster.PlanScale, client_scale.target(data, replica, leave)))
 
     async def apply_scale(
-        self, op_id: str, data: int, replica: int | None = None, *, plan_id: str | None = None
+        self,
+        op_id: str,
+        data: int,
+        replica: int | None = None,
+        *,
+        plan_id: str | None = None,
+        leave: Sequence[str] = (),
     ) -> ScaleOperation:
         """As `Client.apply_scale`."""
-        request = client_scale.request(op_id, data, replica, plan_id)
+        request = client_scale.request(op_id, data, replica, plan_id, leave)
         return client_scale.operation(await self._call(self._cluster.ApplyScale, request))
 
     async def close(self) -> None:

@@ -1,5 +1,6 @@
 """Scaling as the client sees it, and how it comes from protobuf messages."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from phalanx.deploy.server import phalanx_pb2 as pb
@@ -92,14 +93,16 @@ class ScaleOperation:
         return self.phase in ("DONE", "ABORTED")
 
 
-def target(data: int, replica: int | None) -> pb.ScaleTarget:
+def target(data: int, replica: int | None, leave: Sequence[str]) -> pb.ScaleTarget:
     """The question."""
-    return pb.ScaleTarget(data=data, replica=replica)
+    return pb.ScaleTarget(data=data, replica=replica, leave=leave)
 
 
-def request(op_id: str, data: int, replica: int | None, plan_id: str | None) -> pb.ApplyScaleRequest:
+def request(
+    op_id: str, data: int, replica: int | None, plan_id: str | None, leave: Sequence[str]
+) -> pb.ApplyScaleRequest:
     """The order."""
-    return pb.ApplyScaleRequest(op_id=op_id, data=data, replica=replica, plan_id=plan_id)
+    return pb.ApplyScaleRequest(op_id=op_id, data=data, replica=replica, plan_id=plan_id, leave=leave)
 
 
 def plan(message: pb.ScalePlan) -> ScalePlan:

@@ -179,8 +179,8 @@ class EngineProcess:
                 self._engine.place(frame)
             case Abort():
                 self._engine.abort(frame)
-            case AskScale(call, data):
-                self._link.send(scale_report.estimate(self._engine, call, data))
+            case AskScale(call, data, leave):
+                self._link.send(scale_report.estimate(self._engine, call, data, leave))
             case Scale():
                 self._scale(frame)
             case AbortScale(op_id, reason):
@@ -194,7 +194,7 @@ class EngineProcess:
 
     def _scale(self, frame: Scale) -> None:
         try:
-            self._engine.scale(frame.op_id, frame.data, time.monotonic())
+            self._engine.scale(frame.op_id, frame.data, time.monotonic(), frame.leave)
         except ConfigError as error:
             self._link.send(scale_report.refused(self._engine, frame.op_id, str(error)))
         self._tell_scale()

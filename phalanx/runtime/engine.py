@@ -110,13 +110,19 @@ class Engine:
                 self._forget(row.job)
         return rows
 
-    def scale(self, op_id: str, data: int, now: float) -> ScaleOp:
+    def scale(self, op_id: str, data: int, now: float, leave: tuple[str, ...] = ()) -> ScaleOp:
         """Begin to change the number of dp ranks; `step` carries it on. The same id is the same operation.
+
+        Args:
+            op_id: names the operation.
+            data: dp ranks wanted.
+            now: monotonic seconds.
+            leave: names of nodes on which no rank shall stay.
 
         Raises:
             ConfigError: it cannot be, or another operation is running.
         """
-        return self.mesh.scale(op_id, data, now)
+        return self.mesh.scale(op_id, data, now, leave)
 
     def abort_scale(self, op_id: str, reason: str, now: float) -> None:
         """Take an operation back, if it is the one under way and has not been committed."""

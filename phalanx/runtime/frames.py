@@ -76,13 +76,19 @@ class AskScale(msgspec.Struct, frozen=True, array_like=True, tag=5):
 
     call: int
     data: int
+    leave: tuple[str, ...] = ()
 
 
 class Scale(msgspec.Struct, frozen=True, array_like=True, tag=6):
-    """Begin to change the number of dp ranks; `ScaleState` frames tell how it goes."""
+    """Begin to change the number of dp ranks; `ScaleState` frames tell how it goes.
+
+    Attributes:
+        leave: names of nodes on which no rank shall stay.
+    """
 
     op_id: str
     data: int
+    leave: tuple[str, ...] = ()
 
 
 class AbortScale(msgspec.Struct, frozen=True, array_like=True, tag=7):

@@ -114,8 +114,8 @@ class ReplicaMesh:
         if self.rebalancer is not None:
             self.rebalancer.note_step(seconds)
 
-    def scale(self, op_id: str, target: int, now: float) -> ScaleOp:
-        """Begin an operation, or find it: the same id is the same operation.
+    def scale(self, op_id: str, target: int, now: float, leave: Sequence[str] = ()) -> ScaleOp:
+        """Begin an operation, or find it: the same id is the same operation. Ranks on the nodes to `leave` go first.
 
         Raises:
             ConfigError: another one is running, or the target cannot be; with the numbers.
@@ -125,7 +125,7 @@ class ReplicaMesh:
         if self.op is not None and not self.op.is_over:
             raise ConfigError(f"scale operation {self.op.goal.op_id!r} is running; wait for it, then try again")
         self.check_target(target)
-        return self._begin(op_id, self._units.of_size(target), now, is_repair=False)
+        return self._begin(op_id, self._units.of_size(target, leave), now, is_repair=False)
 
     def abort(self, op_id: str, reason: str, now: float) -> None:
         """Undo an operation if it is still running. A repair cannot be: there is no size to go back to."""
@@ -157,9 +157,9 @@ class ReplicaMesh:
             )
         return self.planner
 
-    def evacuation(self, units: Sequence[int]) -> Mapping[int, LayerPlacement]:
-        """What must move, by MoE layer, before other units can be the group's."""
-        return self._next_of(units).evacuation()
+    def evacuation(self, target: int, leave: Sequence[str] = ()) -> Mapping[int, LayerPlacement]:
+        """What must move, by MoE layer, before the group can have another size; raises as `scale`."""
+        return self._next_of(self._units.preview(target, leave)).evacuation()
 
     def tick(self, num_in_flight: int, now: float) -> None:
         """Let time and the steps in flight act on what is under way.

@@ -1,5 +1,7 @@
 """What an engine says about scaling: an estimate before, the state on the way. Pure."""
 
+from collections.abc import Sequence
+
 from phalanx.errors import ConfigError
 from phalanx.models.sizes import expert_parameter_count
 from phalanx.parallel.mesh import MeshShape
@@ -8,18 +10,18 @@ from phalanx.runtime.engine_config import EngineConfig
 from phalanx.runtime.expert_config import moe_specs
 from phalanx.runtime.frames import ScaleEstimate, ScaleState, StageBytes
 from phalanx.runtime.memory import ITEMSIZE, Batch, stage_bytes
-from phalanx.runtime.scaling import ScaleOp, next_units
+from phalanx.runtime.scaling import ScaleOp
 
 
-def estimate(engine: Engine, call: int, data: int) -> ScaleEstimate:
-    """What scaling to `data` dp ranks would take, or why it cannot be."""
+def estimate(engine: Engine, call: int, data: int, leave: Sequence[str] = ()) -> ScaleEstimate:
+    """What scaling to `data` dp ranks, none of them on the nodes to `leave`, would take, or why it cannot be."""
     mesh, config = engine.mesh, engine.config
     refusal, num_rows, num_bytes = "", 0, 0
     stages: list[StageBytes] = []
     try:
         mesh.check_target(data)
         sizes = _row_bytes(config)
-        for layer, target in mesh.evacuation(next_units(mesh.units, data, max(mesh.units) + 1)).items():
+        for layer, target in mesh.evacuation(data, leave).items():
             before = mesh.planner.placements[layer].physical_to_logical if mesh.planner else ()
             moved = sum(a != b for a, b in zip(before, target.physical_to_logical, strict=True))
             num_rows, num_bytes = num_rows + moved, num_bytes + moved * sizes[layer]

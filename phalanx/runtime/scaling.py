@@ -10,7 +10,7 @@ generation. A repair after a lost rank is the same without a generation that ser
 plans nothing, a further loss ends it for a repair without both, and only its deadline ends the replica.
 """
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -185,6 +185,7 @@ class ScaleOp:
         return []
 
 
-def next_units(units: Sequence[int], target: int, next_unit: int) -> tuple[int, ...]:
-    """Units of another size: the last ones go first, new numbers are never old ones."""
-    return tuple(units[:target]) + tuple(range(next_unit, next_unit + max(0, target - len(units))))
+def next_units(units: Sequence[int], target: int, next_unit: int, leave: Container[int] = ()) -> tuple[int, ...]:
+    """Units of another size: those to `leave` go first, then the last ones; new numbers are never old ones."""
+    stay = [unit for unit in units if unit not in leave][:target]
+    return tuple(stay) + tuple(range(next_unit, next_unit + target - len(stay)))

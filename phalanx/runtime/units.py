@@ -5,6 +5,7 @@ A unit is the pp x tp ranks of one dp rank; they come and go together.
 
 from collections.abc import Mapping, Sequence
 
+from phalanx.errors import ConfigError
 from phalanx.parallel.mesh import Coordinate, MeshShape
 from phalanx.parallel.topology import EpTopology
 from phalanx.runtime.expert_config import ExpertConfig
@@ -28,15 +29,34 @@ class Units:
         }
         self._next_rank = shape.world_size
 
-    def of_size(self, target: int) -> tuple[int, ...]:
-        """The units of another size, in dp order; new ones get their ranks here."""
-        units = next_units(self.current, target, len(self.ranks_of))
+    def of_size(self, target: int, leave: Sequence[str] = ()) -> tuple[int, ...]:
+        """The units of another size, in dp order, without those on the nodes to leave; new ones get their ranks here.
+
+        Raises:
+            ConfigError: a node has no rank, or the other nodes have fewer units than that.
+        """
+        units = self.preview(target, leave)
         size = self._shape.pp * self._shape.tp
         for unit in units:
             if unit not in self.ranks_of:
                 self.ranks_of[unit] = tuple(range(self._next_rank, self._next_rank + size))
                 self._next_rank += size
         return units
+
+    def preview(self, target: int, leave: Sequence[str] = ()) -> tuple[int, ...]:
+        """As `of_size`, but the new ones get no ranks yet."""
+        nodes_of = {unit: {self._nodes.get(rank, "") for rank in self.ranks_of[unit]} for unit in self.current}
+        known = set[str]().union(*nodes_of.values())
+        if strange := set(leave) - known:
+            raise ConfigError(f"leave {min(strange)}: no rank is there; ranks are on {', '.join(sorted(known))}")
+        leaving = {unit for unit, nodes in nodes_of.items() if not nodes.isdisjoint(leave)}
+        num_staying = len(self.current) - len(leaving)
+        if leaving and target > num_staying:
+            raise ConfigError(
+                f"data {target}: only {num_staying} of {len(self.current)} data-parallel ranks are not on "
+                f"{', '.join(leave)}; use {num_staying} or less, or scale up before"
+            )
+        return next_units(self.current, target, len(self.ranks_of), leaving)
 
     def unit_of(self, rank: int) -> int:
         """The unit that has ever had a rank."""

@@ -83,6 +83,7 @@ class FakeEngine:
         self.is_mute = self.is_frozen = self.sends_twice = self.sends_stale = self.is_silent = False
         self.data = 1
         self.scales: list[Scale | AbortScale] = []
+        self.asked: list[AskScale] = []
         self.tell_when_asked: Phase | None = None
         self.refusal: str | None = None
         self.rows: dict[tuple[str, int], Row] = {}
@@ -157,6 +158,7 @@ class FakeEngine:
                     if job == frame.job and frame.choice in (-1, choice):
                         del self.rows[job, choice]
             case AskScale(call, data) if not self.is_silent:
+                self.asked.append(frame)
                 refusal = "" if data < 9 else f"data {data}: too many"
                 stages = [StageBytes(2**20, 2**21, 2**22, 2**23)]
                 self.post(ScaleEstimate(call, refusal, 0, self.data, data, 1, 1, 8, 16, stages, 3, 3 * 2**20))

@@ -75,6 +75,16 @@ def test_grow(service: Service, client: Client) -> None:
     service.wait_until(lambda: supervise.Start(0, 2, 2) in supervisor.received)
 
 
+def test_nodes_to_leave(service: Service, client: Client) -> None:
+    engine = service.engine()
+    client.plan_scale(3, leave=["a"])
+    client.apply_scale("leave", 2, leave=["a", "b"])
+    service.wait_until(lambda: engine.scales == [Scale("leave", 2, ("a", "b"))])
+    assert [(asked.data, asked.leave) for asked in engine.asked] == [(3, ("a",)), (2, ("a", "b"))]
+    with pytest.raises(DuplicateRequestError, match="data 2 of all replicas without a, b"):
+        client.apply_scale("leave", 2)
+
+
 def test_no_room(service: Service, client: Client) -> None:
     engine, supervisor = begun(service, client)
     service.run(supervisor.send(supervise.GrowFailed(0, 1, "grow", "0 of 4 CPU free")))

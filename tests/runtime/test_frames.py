@@ -52,6 +52,8 @@ EXAMPLES: list[Frame] = [
     Failed(3, "node", "/log", "Traceback ..."),
     AskScale(7, 4),
     Scale("grow", 4),
+    AskScale(7, 1, ("node é", "b")),
+    Scale("shrink", 1, ("node é",)),
     AbortScale("grow", "no room"),
     ScaleEstimate(7, "", 2, 2, 4, 1, 1, 8, 16, [StageBytes(5, 6, 7, 2**40)], 3, 2**40),
     ScaleState("grow", "PREPARING", "", 2, [[2], [3]], [], []),

@@ -109,6 +109,30 @@ def test_a_refusal_has_no_figures() -> None:
     assert local.refusal == "data 2: moe.dispatch local is for an expert group of one rank; use auto"
 
 
+def test_nodes_are_left() -> None:
+    """Even ranks are on node 0, odd ones on node 1; ranks 1 and 3 hold what nobody else has."""
+    under_test = engine(4, redundant_experts=16)
+    planner = under_test.mesh.planner
+    assert planner is not None
+    planner.enter(planner.topologies, [LayerPlacement(1, (*range(8), *range(8, 16)) * 2)] * NUM_LAYERS)
+    assert scale_report.estimate(under_test, 1, 2).moved_rows == 0
+    report = scale_report.estimate(under_test, 1, 2, ["node 1"])
+    assert (report.refusal, report.moved_rows) == ("", 8 * NUM_LAYERS)
+    op = under_test.scale("leave", 2, 0.0, ("node 1",))
+    assert (op.goal.new, op.goal.removed) == ((0, 2), (1, 3))
+
+
+def test_nodes_that_cannot_be_left() -> None:
+    report = scale_report.estimate(engine(4, redundant_experts=16), 1, 3, ["node 1"])
+    assert report.refusal == (
+        "data 3: only 2 of 4 data-parallel ranks are not on node 1; use 2 or less, or scale up before"
+    )
+    report = scale_report.estimate(engine(4), 1, 2, ["node 7"])
+    assert "hold 8 of 16" in report.refusal, "the size is refused first"
+    report = scale_report.estimate(engine(4, redundant_experts=16), 1, 2, ["node 7"])
+    assert report.refusal == "leave node 7: no rank is there; ranks are on node 0, node 1"
+
+
 def test_a_dense_model_is_refused() -> None:
     report = scale_report.estimate(engine(2, str(resolve_path("tiny"))), 1, 3)
     assert report.refusal == "only replicas of a mixture-of-experts model can be scaled; raise replicas instead"

@@ -287,3 +287,10 @@ def test_units_leave_from_the_end_and_no_number_returns(targets: list[int]) -> N
         assert not seen & set(new[len(units) :])
         seen |= set(new)
         units, next_unit = new, max(next_unit, max(new) + 1)
+
+
+@pytest.mark.parametrize(
+    ("target", "leave", "left"), [(2, {0, 2}, (1, 3)), (1, {0, 2}, (1,)), (3, {3}, (0, 1, 2)), (2, set(), (0, 1))]
+)
+def test_units_that_shall_leave_go_first(target: int, leave: set[int], left: tuple[int, ...]) -> None:
+    assert next_units((0, 1, 2, 3), target, 9, leave) == left

@@ -17,10 +17,13 @@ POLL_S = 0.1
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """[FILE | --address] --data N [--replica R] [--plan] [--yes] [--op-id ID] [--json]."""
+    """[FILE | --address] --data N [--replica R] [--leave NODE]... [--plan] [--yes] [--op-id ID] [--json]."""
     target.add_arguments(parser)
     parser.add_argument("--data", type=int, required=True, metavar="N", help="data-parallel ranks of each replica")
     parser.add_argument("--replica", type=int, metavar="R", help="only this one; without it all")
+    parser.add_argument(
+        "--leave", action="append", default=[], metavar="NODE", help="no rank stays on this Ray node (as in status)"
+    )
     parser.add_argument("--plan", action="store_true", help="print what it takes and change nothing")
     parser.add_argument("--yes", action="store_true", help="do not ask")
     parser.add_argument(
@@ -32,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Print the plan, apply it, follow the operation; 0 only when every replica has the new size."""
     with connection.connect(arguments) as client:
-        plan = client.plan_scale(arguments.data, arguments.replica)
+        plan = client.plan_scale(arguments.data, arguments.replica, leave=arguments.leave)
         if arguments.json:
             connection.print_json(plan)
         else:
@@ -95,7 +98,9 @@ def _apply(client: Client, arguments: argparse.Namespace, plan: ScalePlan) -> Sc
     shown = None
     with Console(stderr=True).status(f"{op_id}: starting") as spinner:
         while True:
-            operation = client.apply_scale(op_id, arguments.data, arguments.replica, plan_id=plan.plan_id)
+            operation = client.apply_scale(
+                op_id, arguments.data, arguments.replica, plan_id=plan.plan_id, leave=arguments.leave
+            )
             if operation != shown:
                 if arguments.json:
                     connection.print_json(operation)

@@ -56,32 +56,32 @@ class Cluster:
     async def plan_scale(self, request: pb.ScaleTarget, context: grpc.aio.ServicerContext) -> pb.ScalePlan:
         """Ask every engine that is meant."""
         chosen = (request.replica,) if request.HasField("replica") else ()
-        return await self._plan(request.data, chosen)
+        return await self._plan(request.data, chosen, tuple(request.leave))
 
     async def apply_scale(self, request: pb.ApplyScaleRequest, context: grpc.aio.ServicerContext) -> pb.ScaleOperation:
         """Begin an operation, or find it; what cannot be is refused before anything starts."""
-        chosen = (request.replica,) if request.HasField("replica") else ()
+        chosen, leave = (request.replica,) if request.HasField("replica") else (), tuple(request.leave)
         scaling = self._shell.core.scaling
         if scaling.find(request.op_id) is None and scaling.running is None:
-            plan = await self._plan(request.data, chosen)
+            plan = await self._plan(request.data, chosen, leave)
             refusals = [f"replica {part.replica}: {part.refusal}" for part in plan.replicas if part.HasField("refusal")]
             if refusals:
                 raise ConfigError("\n".join(refusals))
             if request.HasField("plan_id") and request.plan_id != plan.plan_id:
                 raise ConfigError(f"plan {request.plan_id} is outdated, {plan.plan_id} holds now; plan again")
-        self._shell.handle(ApplyScale(request.op_id, request.data, chosen))
+        self._shell.handle(ApplyScale(request.op_id, request.data, chosen, leave))
         operation = scaling.find(request.op_id)
         assert operation is not None, "it was just applied"
         return scale_messages.operation(operation)
 
-    async def _plan(self, data: int, chosen: tuple[int, ...]) -> pb.ScalePlan:
+    async def _plan(self, data: int, chosen: tuple[int, ...], leave: tuple[str, ...]) -> pb.ScalePlan:
         if not 1 <= data <= MAX_DATA:
             raise InvalidRequestError(f"data ({data}) must be 1 to {MAX_DATA}")
         replicas = self._shell.core.replicas
         numbers = chosen or tuple(sorted(replicas))
         if not numbers:
             raise UnavailableError("no replica is up yet; retry later")
-        estimates = await asyncio.gather(*(self._shell.ask_scale(number, data, ANSWER_S) for number in numbers))
+        estimates = await asyncio.gather(*(self._shell.ask_scale(number, data, leave, ANSWER_S) for number in numbers))
         return scale_messages.plan(
             {number: (replicas[number].incarnation, answer) for number, answer in zip(numbers, estimates, strict=True)}
         )

@@ -367,12 +367,14 @@ class DrainState(_message.Message):
     def __init__(self, draining: _Optional[bool] = ..., jobs: _Optional[_Union[JobCounts, _Mapping]] = ...) -> None: ...
 
 class ScaleTarget(_message.Message):
-    __slots__ = ("data", "replica")
+    __slots__ = ("data", "replica", "leave")
     DATA_FIELD_NUMBER: _ClassVar[int]
     REPLICA_FIELD_NUMBER: _ClassVar[int]
+    LEAVE_FIELD_NUMBER: _ClassVar[int]
     data: int
     replica: int
-    def __init__(self, data: _Optional[int] = ..., replica: _Optional[int] = ...) -> None: ...
+    leave: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, data: _Optional[int] = ..., replica: _Optional[int] = ..., leave: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class StageBytes(_message.Message):
     __slots__ = ("dense", "experts", "workspace", "kv")
@@ -421,16 +423,18 @@ class ScalePlan(_message.Message):
     def __init__(self, plan_id: _Optional[str] = ..., replicas: _Optional[_Iterable[_Union[ReplicaScalePlan, _Mapping]]] = ...) -> None: ...
 
 class ApplyScaleRequest(_message.Message):
-    __slots__ = ("op_id", "data", "replica", "plan_id")
+    __slots__ = ("op_id", "data", "replica", "plan_id", "leave")
     OP_ID_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
     REPLICA_FIELD_NUMBER: _ClassVar[int]
     PLAN_ID_FIELD_NUMBER: _ClassVar[int]
+    LEAVE_FIELD_NUMBER: _ClassVar[int]
     op_id: str
     data: int
     replica: int
     plan_id: str
-    def __init__(self, op_id: _Optional[str] = ..., data: _Optional[int] = ..., replica: _Optional[int] = ..., plan_id: _Optional[str] = ...) -> None: ...
+    leave: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, op_id: _Optional[str] = ..., data: _Optional[int] = ..., replica: _Optional[int] = ..., plan_id: _Optional[str] = ..., leave: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class ReplicaScale(_message.Message):
     __slots__ = ("replica", "old", "new", "phase", "detail", "op_id")

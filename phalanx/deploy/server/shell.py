@@ -60,7 +60,7 @@ class Shell:
         if not self.core.is_draining:
             self.drained.clear()
 
-    async def ask_scale(self, replica: int, data: int, timeout_s: float) -> ScaleEstimate:
+    async def ask_scale(self, replica: int, data: int, leave: tuple[str, ...], timeout_s: float) -> ScaleEstimate:
         """What an engine says about scaling its replica.
 
         Raises:
@@ -71,7 +71,7 @@ class Shell:
         answer: asyncio.Future[ScaleEstimate | None] = asyncio.get_running_loop().create_future()
         self._answers[call], estimate = answer, None
         try:
-            self.handle(AskScale(call, replica, data))
+            self.handle(AskScale(call, replica, data, leave))
             estimate = await asyncio.wait_for(answer, timeout_s)
         except TimeoutError:
             pass

@@ -84,6 +84,7 @@ class AskScale(NamedTuple):
     call: int
     replica: int
     data: int
+    leave: tuple[str, ...] = ()
 
 
 class ApplyScale(NamedTuple):
@@ -91,11 +92,13 @@ class ApplyScale(NamedTuple):
 
     Attributes:
         replicas: numbers of those meant; empty = all.
+        leave: names of nodes on which no rank of them shall stay.
     """
 
     op_id: str
     data: int
     replicas: tuple[int, ...] = ()
+    leave: tuple[str, ...] = ()
 
 
 class GrowFailed(NamedTuple):

@@ -68,6 +68,7 @@ class ScaleOperation:
     op_id: str
     data: int
     replicas: tuple[int, ...]
+    leave: tuple[str, ...] = ()
     parts: dict[int, ReplicaScale] = field(default_factory=dict)
 
     @property
@@ -111,7 +112,7 @@ class Scaling:
         """Pass the question on; raises as `apply` where the replica cannot be asked."""
         replica = self._ready(event.replica)
         self._asked[event.call] = (event.replica, replica.incarnation)
-        self._send(replica, AskFrame(event.call, event.data))
+        self._send(replica, AskFrame(event.call, event.data, event.leave))
 
     def answer(self, replica: Replica, frame: ScaleEstimate) -> None:
         """An engine's answer; one to a question not asked of it is dropped."""
@@ -134,10 +135,9 @@ class Scaling:
             raise InvalidRequestError(f"data ({event.data}) must be 1 to {MAX_DATA}")
         known = self._operations.get(event.op_id)
         if known is not None:
-            if (known.data, known.replicas) != (event.data, event.replicas):
+            if (known.data, known.replicas, known.leave) != (event.data, event.replicas, event.leave):
                 raise DuplicateRequestError(
-                    f"scale operation {event.op_id!r} is for data {known.data} of "
-                    f"{_names(known.replicas)}; use a new op_id for data {event.data} of {_names(event.replicas)}"
+                    f"scale operation {event.op_id!r} is for {_goal(known)}; use a new op_id for {_goal(event)}"
                 )
             return
         running = self.running
@@ -149,15 +149,15 @@ class Scaling:
         replicas = [self._ready(number) for number in event.replicas or sorted(self._replicas)]
         if not replicas:
             raise UnavailableError("no replica is up yet; retry later")
-        operation = ScaleOperation(event.op_id, event.data, event.replicas)
+        operation = ScaleOperation(event.op_id, event.data, event.replicas, event.leave)
         for replica in replicas:
             part = ReplicaScale(replica.replica, replica.incarnation, replica.data, event.data)
             operation.parts[replica.replica] = part
-            if replica.data == event.data:
+            if replica.data == event.data and not event.leave:
                 part.phase, part.detail = "DONE", "it has this size already"
                 replica.size = event.data
             else:
-                self._send(replica, ScaleFrame(event.op_id, event.data))
+                self._send(replica, ScaleFrame(event.op_id, event.data, event.leave))
         self._operations[event.op_id] = operation
         self._retire(operation)
 
@@ -249,5 +249,6 @@ class Scaling:
         self._emit(Send(replica.link, frame))
 
 
-def _names(replicas: tuple[int, ...]) -> str:
-    return "replica " + ", ".join(map(str, replicas)) if replicas else "all replicas"
+def _goal(of: ScaleOperation | ApplyScale) -> str:
+    replicas = "replica " + ", ".join(map(str, of.replicas)) if of.replicas else "all replicas"
+    return f"data {of.data} of {replicas}" + (f" without {', '.join(of.leave)}" if of.leave else "")

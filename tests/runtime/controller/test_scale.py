@@ -212,6 +212,18 @@ def test_all_replicas_or_one() -> None:
     assert (sent(effects, 1), sent(effects, 2)) == ([], [Scale("one", 1)])
 
 
+def test_nodes_to_leave_are_passed_on_and_part_of_the_operation() -> None:
+    bench = ScaleBench()
+    assert sent(bench(ev.AskScale(5, 0, 1, ("a",)))) == [AskScale(5, 1, ("a",))]
+    order = ev.ApplyScale("leave", 1, (), ("a", "b"))
+    assert sent(bench(order)) == [Scale("leave", 1, ("a", "b"))], "although it has this size"
+    assert sent(bench(order)) == []
+    with pytest.raises(
+        DuplicateRequestError, match=r"data 1 of all replicas without a, b; .* for data 1 of all replica"
+    ):
+        bench(ev.ApplyScale("leave", 1))
+
+
 def test_refusals() -> None:
     bench = ScaleBench()
     with pytest.raises(InvalidRequestError, match="there is no replica 4; the replicas are 0"):
