@@ -10,6 +10,8 @@ from phalanx.kernels import memory
 from phalanx.kernels.cpu import library
 from phalanx.kernels.expert_shape import ACTIVATIONS, ExpertShape
 
+PAD = 32  # experts.cpp
+
 
 class _CShape(Structure):
     """`ExpertShape` of experts.cpp."""
@@ -58,7 +60,7 @@ class CppExperts:
         self._shape = byref(self._c_shape)
         self._c_shape.row_bytes = library.function(f"experts_row_bytes_{suffix}", (c_void_p,), c_long)(self._shape)
         self._pack = library.function(f"experts_pack_{suffix}", (*(c_void_p,) * 6, c_int))
-        self._call = library.function(f"experts_{suffix}", (*(c_void_p,) * 8, *(c_long,) * 2, c_int), c_long)
+        self._call = library.function(f"experts_{suffix}", (*(c_void_p,) * 9, *(c_long,) * 2, c_int), c_long)
         self.rows = memory.empty((shape.num_slots, self._c_shape.row_bytes), torch.uint8, device)
         self.rows.zero_()
 
@@ -91,11 +93,13 @@ class CppExperts:
         assert (x_RD.dtype, slots_RK.dtype) == (self.dtype, torch.int32)
         assert weights_RK is None or weights_RK.dtype == torch.float32
         x_RD, slots_RK = x_RD.contiguous(), slots_RK.contiguous()
-        inner = torch.empty((slots_RK.numel(), self.shape.intermediate_size), dtype=self.dtype)
+        gathered = torch.empty((slots_RK.numel(), self.shape.hidden_size + PAD), dtype=self.dtype)
+        inner = torch.empty((slots_RK.numel(), self.shape.intermediate_size + PAD), dtype=self.dtype)
         pairs = torch.empty((slots_RK.numel(), self.shape.hidden_size), dtype=self.dtype)
         pointers = (None if t is None else t.data_ptr() for t in (x_RD, slots_RK, weights_RK, self.rows))
-        buffers = (inner.data_ptr(), pairs.data_ptr(), None if out is None else out.data_ptr())
-        count = self._call(self._shape, *pointers, *buffers, *slots_RK.shape, get_num_threads())
+        buffers = (t.data_ptr() for t in (gathered, inner, pairs))
+        target = None if out is None else out.data_ptr()
+        count = self._call(self._shape, *pointers, *buffers, target, *slots_RK.shape, get_num_threads())
         if count < 0:
             raise StepError(f"experts: a slot of the step is past the last of {self.shape.num_slots}")
         return pairs[:count]

@@ -4,9 +4,10 @@
 // needs no other panel; panels of 64 outputs of down; then, with biases, those of both in fp32 in the panels' order.
 // Pairs (row, choice) are sorted by slot and cut into groups of rows of one slot. Work items are first all
 // (group, panel of gate and up), then all (group, panel of down): threads claim them in this order, and an item of the
-// second kind waits until the first kind of its group is done, which is nearly always long ago.
+// second kind waits until the first kind of its group is done, which is nearly always long ago. Tiles (tiles.h) want
+// their rows at equal distances: the rows of x are copied into the pairs' order first.
 #include "activation.h"
-#include "panel.h"
+#include "tiles.h"
 
 #include <atomic>
 #include <sched.h>
@@ -24,6 +25,7 @@ constexpr int VECTORS = 4, PANEL = VECTORS * LANES, HALF = PANEL / 2;
 constexpr int ROWS = 6;          // 6 rows x 4 vectors of outputs in registers
 constexpr int BLOCK_ROWS = 192;  // most rows of a group: they stay in the L2 cache while its panels pass
 constexpr long PARALLEL_FROM = 1 << 16;  // multiply-adds
+constexpr int PAD = 32;  // elements between rows of scratch memory: a power of two apart, they share a cache set
 
 // Where the parts of a slot's row are, in floats.
 template <class T>
@@ -103,7 +105,9 @@ struct Experts {
     const Plan& plan;
     const Layout<T> layout;
     const T* x;
-    T *inner, *outputs;  // of the sorted pairs (M, I); of the pairs in row-major order (M, D)
+    T *gathered, *inner, *outputs;  // of the sorted pairs (M, D + PAD), (M, I + PAD); in row-major order (M, D)
+    const bool by_tiles;
+    const long gathered_stride = shape.hidden + PAD, inner_stride = shape.inner + PAD;
 
     long num_first() const { return plan.groups.size() * layout.gate_up_panels; }
     long num_items() const { return num_first() + plan.groups.size() * layout.down_panels; }
@@ -117,8 +121,13 @@ struct Experts {
         return {&group, group.weights + at, g, panel, down};
     }
 
+    void gather(long pair) const {
+        memcpy(gathered + pair * gathered_stride, x + plan.pairs[pair].row * shape.hidden, shape.hidden * sizeof(T));
+    }
+
     void run(std::atomic<long>& claimed, std::vector<std::atomic<int>>& done) const {
         const long items = num_items();
+        Tiles tiles;
         // One ahead, so that a thread knows which panel to fetch next.
         for (long i = claimed.fetch_add(1), following; i < items; i = following) {
             following = claimed.fetch_add(1);
@@ -126,48 +135,68 @@ struct Experts {
             const float* next = following < items ? item_at(following).weights : nullptr;
             const long num_words = words<T>(item.down ? shape.inner : shape.hidden);
             if (item.down) wait_for(done[item.g], layout.gate_up_panels);
-            in_groups<ROWS, VECTORS>(item.group->first, item.group->last, num_words, item.weights, next,
-                                     [&](auto rows, long from, const Fetch& fetch) {
-                                         if (item.down)
-                                             down_rows<rows.value>(item, from, fetch);
-                                         else
-                                             gate_up_rows<rows.value>(item, from, fetch);
-                                     });
+            const long first = item.group->first, last = item.group->last;
+            if (by_tiles)
+                in_tiles<VECTORS>(tiles, first, last, num_words, item.weights, next,
+                                  [&](int rows, long from, const Fetch& fetch) { tile_rows(item, rows, from, fetch); });
+            else
+                in_groups<ROWS, VECTORS>(
+                    first, last, num_words, item.weights, next,
+                    [&](auto rows, long from, const Fetch& fetch) { vector_rows<rows.value>(item, from, fetch); });
             if (!item.down) done[item.g].fetch_add(1, std::memory_order_release);
         }
     }
 
     template <int R>
-    void gate_up_rows(const Item& item, long from, const Fetch& fetch) const {
+    void vector_rows(const Item& item, long from, const Fetch& fetch) const {
         const T* row[R];
-        UNROLL for (int r = 0; r < R; ++r) row[r] = x + plan.pairs[from + r].row * shape.hidden;
+        UNROLL for (int r = 0; r < R; ++r)
+            row[r] = item.down ? inner + (from + r) * inner_stride : x + plan.pairs[from + r].row * shape.hidden;
         vec acc[R][VECTORS] = {};
-        multiply<T, R, VECTORS, PANEL>(acc, row, item.weights, words<T>(shape.hidden), fetch);
+        multiply<T, R, VECTORS, PANEL>(acc, row, item.weights, words<T>(item.down ? shape.inner : shape.hidden), fetch);
         vec sums[R][VECTORS];  // in memory, so that the activation is a loop and not unrolled
         UNROLL for (int r = 0; r < R; ++r) UNROLL for (int v = 0; v < VECTORS; ++v) sums[r][v] = acc[r][v];
-        const float* bias = item.group->weights + layout.gate_up_bias() + item.panel * PANEL;
-        for (int r = 0; r < R; ++r)
-            for (int v = 0; v < VECTORS / 2; ++v) {
-                const long at = item.panel * HALF + v * LANES, left = shape.inner - at;
-                vec gate = sums[r][v], up = sums[r][v + VECTORS / 2];
-                if (shape.bias) gate += load(bias + v * LANES), up += load(bias + HALF + v * LANES);
-                if (left > 0) store_part(inner + (from + r) * shape.inner + at, activate(shape, gate, up), left);
-            }
+        finish(item, R, from, (const float*)sums);
     }
 
-    template <int R>
-    void down_rows(const Item& item, long from, const Fetch& fetch) const {
-        const T* row[R];
-        UNROLL for (int r = 0; r < R; ++r) row[r] = inner + (from + r) * shape.inner;
-        vec acc[R][VECTORS] = {};
-        multiply<T, R, VECTORS, PANEL>(acc, row, item.weights, words<T>(shape.inner), fetch);
-        const float* bias = item.group->weights + layout.down_bias() + item.panel * PANEL;
-        UNROLL for (int v = 0; v < VECTORS; ++v) {
-            const long at = item.panel * PANEL + v * LANES, left = shape.hidden - at;
-            if (left <= 0) break;
-            const vec b = shape.bias ? load(bias + v * LANES) : vec{};
-            UNROLL for (int r = 0; r < R; ++r)
-                store_part(outputs + plan.pairs[from + r].index * shape.hidden + at, acc[r][v] + b, left);
+    void tile_rows(const Item& item, int rows, long from, const Fetch& fetch) const {
+#if PHALANX_TILES
+        if constexpr (sizeof(T) == 2) {
+            alignas(64) float sums[GROUP_ROWS * PANEL];
+            const long stride = item.down ? inner_stride : gathered_stride, second = rows - TILE_ROWS;
+            const long num_words = words<T>(item.down ? shape.inner : shape.hidden);
+            const T* row = (item.down ? inner : gathered) + from * stride;
+            if (rows <= TILE_ROWS) {
+                multiply_tiles<1, 4, PANEL>(sums, PANEL, row, stride, 0, item.weights, num_words, fetch);
+            } else {  // the sums of all four vectors would not fit
+                multiply_tiles<2, 2, PANEL>(sums, PANEL, row, stride, second, item.weights, num_words, fetch);
+                multiply_tiles<2, 2, PANEL>(sums + HALF, PANEL, row, stride, second, item.weights + HALF, num_words,
+                                            {item.weights, item.weights, num_words, 0});
+            }
+            finish(item, rows, from, sums);
+        }
+#endif
+    }
+
+    // Bias, activation and the way to memory; sums (rows, PANEL).
+    void finish(const Item& item, int rows, long from, const float* sums) const {
+        const float* bias =
+            item.group->weights + (item.down ? layout.down_bias() : layout.gate_up_bias()) + item.panel * PANEL;
+        for (int r = 0; r < rows; ++r, sums += PANEL) {
+            for (int v = 0; v < (item.down ? VECTORS : VECTORS / 2); ++v) {
+                const long at = item.panel * (item.down ? PANEL : HALF) + v * LANES;
+                const long left = (item.down ? shape.hidden : shape.inner) - at;
+                if (left <= 0) break;
+                vec sum = load(sums + v * LANES);
+                if (shape.bias) sum += load(bias + v * LANES);
+                if (item.down) {
+                    store_part(outputs + plan.pairs[from + r].index * shape.hidden + at, sum, left);
+                    continue;
+                }
+                vec up = load(sums + HALF + v * LANES);
+                if (shape.bias) up += load(bias + HALF + v * LANES);
+                store_part(inner + (from + r) * inner_stride + at, activate(shape, sum, up), left);
+            }
         }
     }
 
@@ -191,15 +220,20 @@ struct Experts {
 
 template <class T>
 long experts(const ExpertShape& shape, const T* x, const int* slots, const float* weights, const unsigned char* storage,
-             T* inner, T* outputs, float* out, long rows, long top_k, int threads) {
+             T* gathered, T* inner, T* outputs, float* out, long rows, long top_k, int threads) {
     Plan plan;
     if (!make_plan(plan, shape, slots, storage, rows, top_k)) return -1;
     const long num_pairs = plan.pairs.size();
-    const Experts<T> layer{shape, plan, Layout<T>(shape), x, inner, outputs};
+    const bool by_tiles = sizeof(T) == 2 && fits_tiles(words<T>(shape.hidden)) && fits_tiles(words<T>(shape.inner));
+    const Experts<T> layer{shape, plan, Layout<T>(shape), x, gathered, inner, outputs, by_tiles};
     std::atomic<long> claimed{0};
     std::vector<std::atomic<int>> done(plan.groups.size());
 #pragma omp parallel num_threads(threads) if (threads > 1 && num_pairs * shape.hidden * shape.inner > PARALLEL_FROM)
     {
+        if (by_tiles) {
+#pragma omp for schedule(static)
+            for (long pair = 0; pair < num_pairs; ++pair) layer.gather(pair);
+        }
         layer.run(claimed, done);
         if (out) {
 #pragma omp barrier
@@ -252,9 +286,9 @@ void pack(const ExpertShape& s, float* to, const T* gate_up, const T* down, cons
         pack(*shape, row, gate_up, down, gate_up_bias, down_bias, threads);                                            \
     }                                                                                                                  \
     PHALANX_API long experts_##SUFFIX(const ExpertShape* shape, const T* x, const int* slots, const float* weights,    \
-                                      const unsigned char* storage, T* inner, T* outputs, float* out, long rows,       \
-                                      long top_k, int threads) {                                                       \
-        return experts(*shape, x, slots, weights, storage, inner, outputs, out, rows, top_k, threads);                 \
+                                      const unsigned char* storage, T* gathered, T* inner, T* outputs, float* out,     \
+                                      long rows, long top_k, int threads) {                                            \
+        return experts(*shape, x, slots, weights, storage, gathered, inner, outputs, out, rows, top_k, threads);       \
     }
 EXPORT(float, fp32)
 EXPORT(bf16, bf16)

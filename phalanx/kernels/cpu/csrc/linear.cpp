@@ -1,5 +1,5 @@
 // linear: y = x w^T + bias, with the weight packed in panels of 48 outputs (panel.h).
-#include "panel.h"
+#include "tiles.h"
 
 #include <atomic>
 
@@ -23,10 +23,38 @@ void panel_rows(const T* x, const float* panel, const float* bias, T* y, long k,
     }
 }
 
+#if PHALANX_TILES
+template <int V>
+void panel_tiles(const bf16* x, const float* panel, const float* bias, bf16* y, long k, long n, int columns, int rows,
+                 const Fetch& fetch) {
+    alignas(64) float sums[GROUP_ROWS * V * LANES];
+    if (rows > TILE_ROWS)
+        multiply_tiles<2, V, PANEL>(sums, V * LANES, x, k, rows - TILE_ROWS, panel, words<bf16>(k), fetch);
+    else
+        multiply_tiles<1, V, PANEL>(sums, V * LANES, x, k, 0, panel, words<bf16>(k), fetch);
+    for (int v = 0; v < V; ++v) {
+        const int left = columns - v * LANES;
+        const vec b = bias ? load_part(bias + v * LANES, left) : vec{};
+        for (int r = 0; r < rows; ++r) store_part(y + r * n + v * LANES, load(sums + (r * V + v) * LANES) + b, left);
+    }
+}
+#endif
+
 // Rows [first, last) of one panel.
 template <class T>
-void panel_block(const T* x, const float* panel, const float* bias, T* y, long k, long n, int columns,
+void panel_block(Tiles& tiles, const T* x, const float* panel, const float* bias, T* y, long k, long n, int columns,
                  const float* next, long first, long last) {
+#if PHALANX_TILES
+    if constexpr (sizeof(T) == 2) {
+        if (fits_tiles(words<T>(k)))
+            return in_tiles<VECTORS>(
+                tiles, first, last, words<T>(k), panel, next, [&](int rows, long from, const Fetch& fetch) {
+                    with_int<VECTORS>(ceil_div(columns, LANES), [&](auto vectors) {
+                        panel_tiles<vectors.value>(x + from * k, panel, bias, y + from * n, k, n, columns, rows, fetch);
+                    });
+                });
+    }
+#endif
     in_groups<ROWS, VECTORS>(first, last, words<T>(k), panel, next, [&](auto rows, long from, const Fetch& fetch) {
         with_int<VECTORS>(ceil_div(columns, LANES), [&](auto vectors) {
             panel_rows<T, rows.value, vectors.value>(x + from * k, panel, bias, y + from * n, k, n, columns, fetch);
@@ -42,12 +70,13 @@ void linear(const T* x, const float* packed, const float* bias, T* y, long m, lo
     std::atomic<long> claimed{0};
 #pragma omp parallel num_threads(threads) if (threads > 1 && m * n * k > 1 << 16)
     {
+        Tiles tiles;
         // One ahead, so that a thread knows which panel to fetch next.
         for (long i = claimed.fetch_add(1), following; i < panels * blocks; i = following) {
             following = claimed.fetch_add(1);
             const long panel = i / blocks, next = following / blocks, first = i % blocks * rows;
             const float* ahead = next < panels && next != panel ? packed + next * size : nullptr;
-            panel_block(x, packed + panel * size, bias ? bias + panel * PANEL : nullptr, y + panel * PANEL, k, n,
+            panel_block(tiles, x, packed + panel * size, bias ? bias + panel * PANEL : nullptr, y + panel * PANEL, k, n,
                         std::min<long>(n - panel * PANEL, PANEL), ahead, first, std::min(first + rows, m));
         }
     }

@@ -1,4 +1,5 @@
 // Products with weights in panels: [word of k][V * LANES outputs]. Shared by linear.cpp and experts.cpp.
+// Products of bf16 by tiles are in tiles.h.
 //
 // An output is one chain of multiply-adds over k that never leaves its register, so its bits depend neither on the
 // number of rows nor on the threads. A panel is read from memory once and serves all rows from the L2 cache.
@@ -36,20 +37,25 @@ INLINE void multiply(vec (&acc)[R][V], const T* const (&row)[R], const float* pa
     }
 }
 
-// Rows [first, last) of one panel in groups of at most ROWS, as even as possible: body(Int<rows>, from, fetch).
+// What group g of the rows of a panel fetches.
 //
 // A single group is as fast as memory: it fetches its own panel a little ahead, and in the end the start of the next.
 // Several groups find their panel in the L2 cache and share the fetching of the next one.
+template <int VECTORS>
+INLINE Fetch fetch_plan(long g, long groups, long num_words, const float* panel, const float* next) {
+    const long parts = std::min<long>(groups, VECTORS), line = num_words * LANES, skip = VECTORS * g / parts;
+    if (groups == 1)
+        return {panel + NEAR, next + NEAR - VECTORS * line, num_words - NEAR / (VECTORS * LANES), VECTORS};
+    return {next + skip * line, nullptr, num_words, g < parts ? int(VECTORS * (g + 1) / parts - skip) : 0};
+}
+
+// Rows [first, last) of one panel in groups of at most ROWS, as even as possible: body(Int<rows>, from, fetch).
 template <int ROWS, int VECTORS, class Body>
 INLINE void in_groups(long first, long last, long num_words, const float* panel, const float* next, const Body& body) {
-    const long groups = ceil_div(last - first, ROWS), parts = std::min<long>(groups, VECTORS), line = num_words * LANES;
-    if (!next) next = panel;
+    const long groups = ceil_div(last - first, ROWS);
     for (long g = 0; g < groups; ++g) {
         const long from = first + (last - first) * g / groups, to = first + (last - first) * (g + 1) / groups;
-        const long skip = VECTORS * g / parts;
-        Fetch fetch{next + skip * line, nullptr, num_words, g < parts ? int(VECTORS * (g + 1) / parts - skip) : 0};
-        if (groups == 1)
-            fetch = {panel + NEAR, next + NEAR - VECTORS * line, num_words - NEAR / (VECTORS * LANES), VECTORS};
+        const Fetch fetch = fetch_plan<VECTORS>(g, groups, num_words, panel, next ? next : panel);
         with_int<ROWS>(to - from, [&](auto rows) { body(rows, from, fetch); });
     }
 }
