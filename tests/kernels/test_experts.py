@@ -33,6 +33,7 @@ SHAPES = {
     "ragged": ExpertShape(4, 72, 88, activation="gelu_tanh"),
     "biased": ExpertShape(3, 40, 104, activation="swiglu_clamped", bias=True, limit=1.5),
     "one": ExpertShape(1, 8, 8, bias=True),
+    "tiles": ExpertShape(3, 96, 160, activation="swiglu_clamped", bias=True, limit=1.5),
 }
 
 
@@ -172,8 +173,9 @@ def test_rows_of_poison_touch_no_other(impl: str, dtype: torch.dtype) -> None:
 
 @DTYPES
 @EACH
-def test_bits_do_not_depend_on_other_rows_or_threads(impl: str, dtype: torch.dtype) -> None:
-    shape = ExpertShape(3, 1024, 200)
+@pytest.mark.parametrize("inner", [200, 256])  # multiples of 32 go by tiles
+def test_bits_do_not_depend_on_other_rows_or_threads(impl: str, dtype: torch.dtype, inner: int) -> None:
+    shape = ExpertShape(3, 1024, inner)
     if impl == "grouped_mm":
         with pytest.raises(ConfigError, match=r"moe\.exact: the bits of a row of grouped_mm experts depend"):
             made(impl, shape, dtype, batch_invariant=True)

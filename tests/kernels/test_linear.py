@@ -59,15 +59,18 @@ def test_batch_invariant_rows(dtype: torch.dtype, rows: int, columns: int) -> No
 
 @DTYPES
 @EACH
+@pytest.mark.parametrize("inputs", [6, 64, 160], ids="{} inputs".format)  # multiples of 32 go by tiles
 @pytest.mark.parametrize("outputs", [1, 15, 16, 47, 48, 49, 97, 500])
-def test_any_number_of_outputs(impl: str, dtype: torch.dtype, outputs: int) -> None:
+def test_any_number_of_outputs(impl: str, dtype: torch.dtype, outputs: int, inputs: int) -> None:
     # Small integers: every product and sum is exact, so the result must be too.
     generator = torch.Generator().manual_seed(outputs)
-    weight = torch.randint(-2, 3, (outputs, 6), generator=generator).to(dtype)
+    weight = torch.randint(-2, 3, (outputs, inputs), generator=generator).to(dtype)
     bias = torch.randint(-2, 3, (outputs,), generator=generator).to(dtype)
-    x = torch.randint(-2, 3, (300, 12), generator=generator).to(dtype)[:, ::2]  # strided too
-    exact = (x.double() @ weight.double().T + bias.double()).to(dtype)
-    assert torch.equal(pack(weight, bias, choose={"linear": impl})(x), exact)
+    x = torch.randint(-2, 3, (300, 2 * inputs), generator=generator).to(dtype)[:, ::2]  # strided too
+    layer = pack(weight, bias, choose={"linear": impl})
+    for rows in (1, 5, 16, 17, 31, 32, 33, 300):
+        exact = (x[:rows].double() @ weight.double().T + bias.double()).to(dtype)
+        assert torch.equal(layer(x[:rows]), exact), rows
 
 
 @pytest.mark.skipif("cpp" not in IMPLS, reason="no C++ kernels")
