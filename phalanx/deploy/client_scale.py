@@ -95,14 +95,18 @@ class ScaleOperation:
 
 def target(data: int, replica: int | None, leave: Sequence[str]) -> pb.ScaleTarget:
     """The question."""
-    return pb.ScaleTarget(data=data, replica=replica, leave=leave)
+    return pb.ScaleTarget(data=data, replica=replica, leave=_names(leave))
 
 
 def request(
     op_id: str, data: int, replica: int | None, plan_id: str | None, leave: Sequence[str]
 ) -> pb.ApplyScaleRequest:
     """The order."""
-    return pb.ApplyScaleRequest(op_id=op_id, data=data, replica=replica, plan_id=plan_id, leave=leave)
+    return pb.ApplyScaleRequest(op_id=op_id, data=data, replica=replica, plan_id=plan_id, leave=_names(leave))
+
+
+def _names(leave: Sequence[str]) -> Sequence[str]:
+    return [leave] if isinstance(leave, str) else leave
 
 
 def plan(message: pb.ScalePlan) -> ScalePlan:

@@ -34,6 +34,9 @@ from phalanx.runtime.expert_config import ExpertOptions
 Auto = Literal["auto"]
 
 PRINTABLE = r"[^\x00-\x1f\x7f\ud800-\udfff]{1,4096}"
+MAX_PLACEMENT_S = 600
+"""An operation that scales takes no longer to prepare."""
+
 NAME = string(r"[a-z][a-z0-9_]{0,63}", "a name of lower-case letters, digits and underscores")
 
 
@@ -311,6 +314,8 @@ def conflicts(config: ClusterConfig) -> Iterator[Problem]:
             ("ray.nodes", "ray.address"),
             f"{ray.nodes} nodes can only be started with address local, not {ray.address!r}; leave nodes out",
         )
+    if not 1 <= ray.placement_timeout <= MAX_PLACEMENT_S:
+        yield Problem(("ray.placement_timeout",), f"{ray.placement_timeout:g}s is not within 1s and {MAX_PLACEMENT_S}s")
     if parallel.stage_layers != "auto" and len(parallel.stage_layers) != parallel.pipeline:
         yield Problem(
             ("parallel.stage_layers", "parallel.pipeline"),

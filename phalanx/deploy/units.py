@@ -100,8 +100,9 @@ class Units:
             if any(rank in unit.actors for unit in self._units for rank in ranks):
                 continue
             deadline = now + self._plan.ray.placement_timeout
-            if self._vacant:
-                unit = _Unit(self._group, self._vacant.pop(), True, op_id, deadline)
+            # While Ray replaces bundles of a node that is gone, none of the others says whether it is there.
+            if self._vacant and _is_placed(self._group):
+                unit = _Unit(self._group, self._vacant.pop(), True, op_id)
             else:
                 group = place(self._plan, f"{self._name}-rank-{ranks[0]}", 1)
                 unit = _Unit(group, list(range(self._plan.parallel.pipeline)), False, op_id, deadline)
@@ -137,7 +138,7 @@ class Units:
         for unit in self._units:
             if unit.deadline is None:
                 continue
-            if placement_group_table(unit.group)["state"] == "CREATED":
+            if _is_placed(unit.group):
                 unit.deadline = None
             elif now > unit.deadline:
                 unit.deadline = None
@@ -159,6 +160,10 @@ class Units:
             unit.actors[rank] = actor = kind.remote()
             self._runs[actor.run.remote(self._bootstrap(rank))] = rank
         self._units.append(unit)
+
+
+def _is_placed(group: Any) -> bool:
+    return bool(placement_group_table(group)["state"] == "CREATED")
 
 
 def _error(run: Any) -> str:

@@ -1,6 +1,6 @@
 """Collectives over one axis of the mesh.
 
-On CPU an all-to-all carries all but broadcasts: it posts every message at once, where gloo's own all-reduce and
+On CPU an all-to-all carries most of it: it posts every message at once, where gloo's own all-reduce and
 all-gather pass parts on from rank to rank, and every pass is a process that must wake up.
 """
 
@@ -32,7 +32,8 @@ class Group:
 
         On CPU in rank order and in fp32 at least: a row's bits do not depend on the rows beside it.
 
-        Cost: on CPU one exchange of all of `x` with everybody, above `ONE_HOP_BYTES` two of a part each.
+        Cost: on CPU one exchange of all of `x` with everybody; above `ONE_HOP_BYTES` two of a part each, or gloo's own
+        between two ranks.
         """
         if self.size == 1 or not x.numel():
             return x

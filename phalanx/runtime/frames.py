@@ -223,6 +223,7 @@ class ScaleEstimate(msgspec.Struct, frozen=True, array_like=True, tag=15):
         num_experts: of the MoE layer that has most.
         stages: what a rank of each pipeline stage holds.
         moved_rows, moved_bytes: experts that travel between ranks before others may leave, over all MoE layers.
+        nodes: names of those with ranks of the replica.
     """
 
     call: int
@@ -237,6 +238,7 @@ class ScaleEstimate(msgspec.Struct, frozen=True, array_like=True, tag=15):
     stages: list[StageBytes]
     moved_rows: int
     moved_bytes: int
+    nodes: list[str] = []
 
 
 class ScaleState(msgspec.Struct, frozen=True, array_like=True, tag=16):

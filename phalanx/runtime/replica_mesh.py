@@ -93,6 +93,11 @@ class ReplicaMesh:
         return {rank: self._units.place_of(rank, self.units) for rank in ranks}
 
     @property
+    def nodes(self) -> list[str]:
+        """Names of the nodes with ranks in use."""
+        return self._units.names
+
+    @property
     def holds(self) -> bool:
         """No step may be planned now."""
         return self.op is not None and self.op.holds

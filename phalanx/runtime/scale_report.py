@@ -41,6 +41,7 @@ def estimate(engine: Engine, call: int, data: int, leave: Sequence[str] = ()) ->
         stages=stages,
         moved_rows=num_rows,
         moved_bytes=num_bytes,
+        nodes=mesh.nodes,
     )
 
 

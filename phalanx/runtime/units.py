@@ -33,7 +33,7 @@ class Units:
         """The units of another size, in dp order, without those on the nodes to leave; new ones get their ranks here.
 
         Raises:
-            ConfigError: a node has no rank, or the other nodes have fewer units than that.
+            ConfigError: the other nodes have fewer units than that.
         """
         units = self.preview(target, leave)
         size = self._shape.pp * self._shape.tp
@@ -45,18 +45,20 @@ class Units:
 
     def preview(self, target: int, leave: Sequence[str] = ()) -> tuple[int, ...]:
         """As `of_size`, but the new ones get no ranks yet."""
-        nodes_of = {unit: {self._nodes.get(rank, "") for rank in self.ranks_of[unit]} for unit in self.current}
-        known = set[str]().union(*nodes_of.values())
-        if strange := set(leave) - known:
-            raise ConfigError(f"leave {min(strange)}: no rank is there; ranks are on {', '.join(sorted(known))}")
-        leaving = {unit for unit, nodes in nodes_of.items() if not nodes.isdisjoint(leave)}
+        ranks_of = self.ranks_of
+        leaving = {unit for unit in self.current if any(self._nodes.get(rank) in leave for rank in ranks_of[unit])}
         num_staying = len(self.current) - len(leaving)
         if leaving and target > num_staying:
             raise ConfigError(
                 f"data {target}: only {num_staying} of {len(self.current)} data-parallel ranks are not on "
-                f"{', '.join(leave)}; use {num_staying} or less, or scale up before"
+                f"{', '.join(leave)}; {f'use {num_staying} or less, or ' if num_staying else ''}scale up before"
             )
         return next_units(self.current, target, len(self.ranks_of), leaving)
+
+    @property
+    def names(self) -> list[str]:
+        """Of the nodes with ranks in use."""
+        return sorted({self._nodes.get(rank, "") for unit in self.current for rank in self.ranks_of[unit]})
 
     def unit_of(self, rank: int) -> int:
         """The unit that has ever had a rank."""

@@ -161,7 +161,9 @@ class FakeEngine:
                 self.asked.append(frame)
                 refusal = "" if data < 9 else f"data {data}: too many"
                 stages = [StageBytes(2**20, 2**21, 2**22, 2**23)]
-                self.post(ScaleEstimate(call, refusal, 0, self.data, data, 1, 1, 8, 16, stages, 3, 3 * 2**20))
+                self.post(
+                    ScaleEstimate(call, refusal, 0, self.data, data, 1, 1, 8, 16, stages, 3, 3 * 2**20, ["a", "b"])
+                )
             case Scale() | AbortScale():
                 self.scales.append(frame)
                 if isinstance(frame, Scale) and self.tell_when_asked is not None:

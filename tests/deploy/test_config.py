@@ -194,6 +194,12 @@ def test_path_is_printable_text(path: str) -> None:
         parse_config(f"model: {{path: {path}}}", "f.yaml")
 
 
+@pytest.mark.parametrize("value", ["0", "999ms", "11min"])
+def test_placement_timeout_has_bounds(value: str) -> None:
+    with pytest.raises(ConfigError, match=r"ray.placement_timeout: .*s is not within 1s and 600s"):
+        parse(f"ray: {{placement_timeout: {value}}}")
+
+
 def test_defaults_are_those_of_the_design_page() -> None:
     config = parse("")
     defaults = {key: value_of(config, key) for key in keys(ClusterConfig)}

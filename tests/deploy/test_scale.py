@@ -78,9 +78,14 @@ def test_grow(service: Service, client: Client) -> None:
 def test_nodes_to_leave(service: Service, client: Client) -> None:
     engine = service.engine()
     client.plan_scale(3, leave=["a"])
-    client.apply_scale("leave", 2, leave=["a", "b"])
+    assert client.plan_scale(2, leave="c").replicas[0].refusal == "leave c: no rank is there; ranks are on a, b"
+    with pytest.raises(ConfigError, match="leave c: no rank is there"):
+        client.apply_scale("elsewhere", 2, leave=["a", "c"])
+    assert client.plan_scale(2, leave=["a"]).plan_id != client.plan_scale(2).plan_id
+    client.apply_scale("leave", 2, leave=["b", "a", "b"])
     service.wait_until(lambda: engine.scales == [Scale("leave", 2, ("a", "b"))])
-    assert [(asked.data, asked.leave) for asked in engine.asked] == [(3, ("a",)), (2, ("a", "b"))]
+    assert [(asked.data, asked.leave) for asked in engine.asked][-1] == (2, ("a", "b"))
+    client.apply_scale("leave", 2, leave=["a", "b"])
     with pytest.raises(DuplicateRequestError, match="data 2 of all replicas without a, b"):
         client.apply_scale("leave", 2)
 

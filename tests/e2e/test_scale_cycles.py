@@ -228,3 +228,21 @@ def test_idle_and_through_the_public_method(moe_oracle: Oracle, tmp_path: Path) 
             traffic = Traffic(llm.engine, moe_oracle, NUM_STREAMS)
             traffic.turns(3)
             traffic.finish()
+
+
+@pytest.mark.multi
+@pytest.mark.parametrize("axis", ["tensor", "pipeline"])
+def test_the_first_unit_leaves_its_node(moe_oracle: Oracle, axis: str) -> None:
+    moe = {"dispatch": "flat", "redundant_experts": 6}
+    shape: dict[str, Any] = {"data": 3, axis: 2}
+    with forked_ranks(), LLM(str(moe_oracle.path), **shape, moe=moe, **SHARING_CORES, **LIMITS) as llm:
+        traffic, mesh = Traffic(llm.engine, moe_oracle, NUM_STREAMS), llm.engine.mesh
+        for rank, place in mesh.seats.items():
+            llm.engine.executor.nodes[rank] = "one" if place.dp == 0 else "another"
+        traffic.turns(10)
+        op = llm.engine.scale("leave", 2, time.monotonic(), ("one",))
+        traffic.until(lambda: op.is_over)
+        assert (op.phase, mesh.units, mesh.nodes) == ("DONE", (1, 2), ["another"])
+        traffic.turns(10)
+        traffic.finish()
+        assert len(pids(llm)) == 4

@@ -129,8 +129,10 @@ def test_nodes_that_cannot_be_left() -> None:
     )
     report = scale_report.estimate(engine(4), 1, 2, ["node 7"])
     assert "hold 8 of 16" in report.refusal, "the size is refused first"
+    report = scale_report.estimate(engine(4, redundant_experts=16), 1, 2, ["node 0", "node 1"])
+    assert report.refusal == ("data 2: only 0 of 4 data-parallel ranks are not on node 0, node 1; scale up before")
     report = scale_report.estimate(engine(4, redundant_experts=16), 1, 2, ["node 7"])
-    assert report.refusal == "leave node 7: no rank is there; ranks are on node 0, node 1"
+    assert (report.refusal, report.nodes) == ("", ["node 0", "node 1"]), "another replica may be there"
 
 
 def test_a_dense_model_is_refused() -> None:

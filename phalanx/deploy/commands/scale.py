@@ -41,7 +41,8 @@ def run(arguments: argparse.Namespace) -> int:
         else:
             print("\n".join(map(plan_text, plan.replicas)))
         refusals = [f"replica {one.replica}: {one.refusal}" for one in plan.replicas if one.refusal]
-        if refusals:
+        # What has an id may have been done already; if not, it is refused when it is applied.
+        if refusals and (arguments.plan or not arguments.op_id):
             raise ConfigError("\n".join(refusals))
         if arguments.plan:
             return 0

@@ -4,6 +4,7 @@ import asyncio
 from collections import Counter
 
 import grpc
+import msgspec
 
 import phalanx
 from phalanx.deploy.server import boundary, scale_messages
@@ -56,11 +57,11 @@ class Cluster:
     async def plan_scale(self, request: pb.ScaleTarget, context: grpc.aio.ServicerContext) -> pb.ScalePlan:
         """Ask every engine that is meant."""
         chosen = (request.replica,) if request.HasField("replica") else ()
-        return await self._plan(request.data, chosen, tuple(request.leave))
+        return await self._plan(request.data, chosen, _nodes(request))
 
     async def apply_scale(self, request: pb.ApplyScaleRequest, context: grpc.aio.ServicerContext) -> pb.ScaleOperation:
         """Begin an operation, or find it; what cannot be is refused before anything starts."""
-        chosen, leave = (request.replica,) if request.HasField("replica") else (), tuple(request.leave)
+        chosen, leave = (request.replica,) if request.HasField("replica") else (), _nodes(request)
         scaling = self._shell.core.scaling
         if scaling.find(request.op_id) is None and scaling.running is None:
             plan = await self._plan(request.data, chosen, leave)
@@ -82,13 +83,23 @@ class Cluster:
         if not numbers:
             raise UnavailableError("no replica is up yet; retry later")
         estimates = await asyncio.gather(*(self._shell.ask_scale(number, data, leave, ANSWER_S) for number in numbers))
+        known = {node for estimate in estimates for node in estimate.nodes}
+        if strange := set(leave) - known:
+            refusal = f"leave {min(strange)}: no rank is there; ranks are on {', '.join(sorted(known))}"
+            estimates = [msgspec.structs.replace(estimate, refusal=refusal) for estimate in estimates]
         return scale_messages.plan(
-            {number: (replicas[number].incarnation, answer) for number, answer in zip(numbers, estimates, strict=True)}
+            leave,
+            {number: (replicas[number].incarnation, answer) for number, answer in zip(numbers, estimates, strict=True)},
         )
 
     def _job_counts(self) -> pb.JobCounts:
         states = Counter(job.state for job in self._shell.core.jobs.values())
         return pb.JobCounts(queued=states["queued"], running=states["running"], finished=states["finished"])
+
+
+def _nodes(request: pb.ScaleTarget | pb.ApplyScaleRequest) -> tuple[str, ...]:
+    """To leave; in one order, so that the same nodes are the same operation."""
+    return tuple(sorted(set(request.leave)))
 
 
 def _replica_status(replica: Replica, scaling: Scaling) -> pb.ReplicaStatus:

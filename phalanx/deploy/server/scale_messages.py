@@ -1,27 +1,28 @@
 """Scaling as protobuf messages."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from phalanx.deploy.server import phalanx_pb2 as pb
 from phalanx.runtime.controller.scale import ReplicaScale, ScaleOperation
 from phalanx.runtime.frames import ScaleEstimate
 
 
-def plan(estimates: Mapping[int, tuple[int, ScaleEstimate]]) -> pb.ScalePlan:
+def plan(leave: Sequence[str], estimates: Mapping[int, tuple[int, ScaleEstimate]]) -> pb.ScalePlan:
     """The answer to PlanScale.
 
-    The plan's id names incarnations, sizes and generations. It leaves the placement of the experts out: a balancer
-    changes that every few thousand steps, and what a plan is about stays the same.
+    The plan's id names nodes to leave, incarnations, sizes and generations, but not the placement of the experts: a
+    balancer changes that every few thousand steps, and what a plan is about stays the same.
 
     Args:
+        leave: nodes on which no rank shall stay.
         estimates: replica -> (incarnation, what its engine said).
     """
     named = [
         (number, incarnation, estimate.generation, estimate.old, estimate.new)
         for number, (incarnation, estimate) in sorted(estimates.items())
     ]
-    message = pb.ScalePlan(plan_id=hashlib.sha256(repr(named).encode()).hexdigest()[:16])
+    message = pb.ScalePlan(plan_id=hashlib.sha256(repr((list(leave), named)).encode()).hexdigest()[:16])
     for number, (_, estimate) in sorted(estimates.items()):
         message.replicas.append(_replica_plan(number, estimate))
     return message

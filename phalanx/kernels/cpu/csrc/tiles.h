@@ -51,6 +51,7 @@ class Tiles {
             config.row_bytes[tile] = 64;
             config.num_rows[tile] = tile == 7 ? TILE_WORDS : wanted;
         }
+        asm volatile("" ::"r"(&config) : "memory");  // g++ 12 believes that it reads eight bytes
         _tile_loadconfig(&config);
         rows = wanted;
     }
@@ -76,7 +77,7 @@ class Tiles {
     }
 
 // sums (rows, sums_stride): R tiles of rows of x, `stride` elements apart, times the first V vectors of a panel of WIDTH
-// outputs, R V <= 6. The second tile begins at row `second`, within the first one or behind it.
+// outputs, V <= 3 of two tiles and <= 4 of one. The second tile begins at row `second`, within the first one or behind it.
 template <int R, int V, int WIDTH>
 INLINE void multiply_tiles(float* sums, long sums_stride, const bf16* x, long stride, long second, const float* panel,
                            long num_words, const Fetch& fetch) {
@@ -109,7 +110,7 @@ INLINE void multiply_tiles(float* sums, long sums_stride, const bf16* x, long st
 #endif
 
 // Rows [first, last) of one panel, at most 32 at a time: body(rows, from, fetch). The last ones may begin among those
-// before them: such rows are computed twice, which is as fast as tiles of other sizes and needs none.
+// before them: such rows are computed twice, which costs less than tiles of another size.
 template <int VECTORS, class Body>
 INLINE void in_tiles(Tiles& tiles, long first, long last, long num_words, const float* panel, const float* next,
                      const Body& body) {
