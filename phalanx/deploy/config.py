@@ -30,13 +30,11 @@ from phalanx.deploy.yaml_source import MAX_BYTES, Complaint, Mark, read_tree, re
 from phalanx.errors import ConfigError
 from phalanx.moe.spec import CapacitySpec
 from phalanx.runtime.expert_config import ExpertOptions
+from phalanx.runtime.scaling import PREPARING_S
 
 Auto = Literal["auto"]
 
 PRINTABLE = r"[^\x00-\x1f\x7f\ud800-\udfff]{1,4096}"
-MAX_PLACEMENT_S = 600
-"""An operation that scales takes no longer to prepare."""
-
 NAME = string(r"[a-z][a-z0-9_]{0,63}", "a name of lower-case letters, digits and underscores")
 
 
@@ -314,8 +312,8 @@ def conflicts(config: ClusterConfig) -> Iterator[Problem]:
             ("ray.nodes", "ray.address"),
             f"{ray.nodes} nodes can only be started with address local, not {ray.address!r}; leave nodes out",
         )
-    if not 1 <= ray.placement_timeout <= MAX_PLACEMENT_S:
-        yield Problem(("ray.placement_timeout",), f"{ray.placement_timeout:g}s is not within 1s and {MAX_PLACEMENT_S}s")
+    if not 1 <= ray.placement_timeout <= PREPARING_S:  # a scale operation waits no longer
+        yield Problem(("ray.placement_timeout",), f"{ray.placement_timeout:g}s is not within 1s and {PREPARING_S:g}s")
     if parallel.stage_layers != "auto" and len(parallel.stage_layers) != parallel.pipeline:
         yield Problem(
             ("parallel.stage_layers", "parallel.pipeline"),

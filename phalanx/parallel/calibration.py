@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor
 
 from phalanx.parallel.cost_fit import LayerSample, Sample, calibrate, curves_of
 from phalanx.parallel.costmodel import KINDS, ExpertTraffic, Kind, fabric_of
@@ -171,7 +170,8 @@ def _time_packing(clock: _Clock, num_rows: int) -> float:
     order = torch.arange(num_rows - 1, -1, -1, device=clock.device)
 
     def pack() -> None:
-        find_places(order)
+        for _ in range(PACK_OPERATIONS):
+            order[:1].cumsum(0)
         rows.index_select(0, order)
 
     return clock.median(pack)
@@ -179,12 +179,6 @@ def _time_packing(clock: _Clock, num_rows: int) -> float:
 
 def _nothing() -> None:
     return
-
-
-def find_places(order: Tensor) -> None:
-    """As much work as a dispatcher has with masks and indices, beside the rows."""
-    for _ in range(PACK_OPERATIONS):
-        order[:1].cumsum(0)
 
 
 def _targets(topology: EpTopology, members: tuple[int, ...], rank: int, case: Case) -> list[int]:

@@ -45,8 +45,7 @@ class Units:
 
     def preview(self, target: int, leave: Sequence[str] = ()) -> tuple[int, ...]:
         """As `of_size`, but the new ones get no ranks yet."""
-        ranks_of = self.ranks_of
-        leaving = {unit for unit in self.current if any(self._nodes.get(rank) in leave for rank in ranks_of[unit])}
+        leaving = {unit for unit in self.current if any(self._nodes.get(rank) in leave for rank in self.ranks_of[unit])}
         num_staying = len(self.current) - len(leaving)
         if leaving and target > num_staying:
             raise ConfigError(

@@ -243,6 +243,9 @@ def test_the_first_unit_leaves_its_node(moe_oracle: Oracle, axis: str) -> None:
         op = llm.engine.scale("leave", 2, time.monotonic(), ("one",))
         traffic.until(lambda: op.is_over)
         assert (op.phase, mesh.units, mesh.nodes) == ("DONE", (1, 2), ["another"])
+        again = llm.engine.scale("nobody is there", 2, time.monotonic(), ("one",))
+        traffic.until(lambda: again.is_over)
+        assert (again.phase, mesh.units) == ("DONE", (1, 2))
         traffic.turns(10)
         traffic.finish()
         assert len(pids(llm)) == 4
